@@ -1,4 +1,4 @@
-"""Names of the sockets of one instance: all in its private run directory (0700), all Unix sockets on one host.
+"""Names of the sockets of one instance: all in its private run directory (0700), all Unix sockets.
 
 Only this module knows how a name becomes an address; messages carry names (runtime and api_server ids).
 """

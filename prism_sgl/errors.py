@@ -1,4 +1,4 @@
-"""Errors that cross rooms. Shortage of memory is not among them: it is a value (``None``), see docs/design.md."""
+"""Errors that cross rooms. Shortage of memory is not among them: it is a value (``None``)."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class RuntimeSpec(msgspec.Struct, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- api_server -> router
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """A request waits at an api_server. Its body stays there; this is metadata only."""
 
     request: RequestId
@@ -95,13 +95,13 @@ class Submit(Message):
     waited_s: float = 0.0  # since the client's request arrived
 
 
-class Abandon(Message):
+class Abandon(Message, frozen=True):
     """The client has gone (or its request ended at the api_server): forget it, wherever it is."""
 
     request: RequestId
 
 
-class AskAdmin(Message):
+class AskAdmin(Message, frozen=True):
     """An operator's wish. Answered by one AdminReply once it is carried out or refused."""
 
     ask: str  # echoed in the reply
@@ -109,7 +109,7 @@ class AskAdmin(Message):
     model: str
 
 
-class ApiHello(Message):
+class ApiHello(Message, frozen=True):
     """An api_server introduces itself, at start and after a router restart.
 
     ``granted`` are the requests it is forwarding right now, so that the router counts them as in flight.
@@ -119,7 +119,7 @@ class ApiHello(Message):
     granted: list[tuple[RequestKey, RuntimeId]] = []
 
 
-class ApiBeat(Message):
+class ApiBeat(Message, frozen=True):
     """An api_server is alive; a router that does not know it answers ``Introduce``."""
 
     api: str
@@ -131,13 +131,13 @@ ApiToRouter = Submit | Abandon | AskAdmin | ApiHello | ApiBeat
 # ---------------------------------------------------------------- router -> api_server
 
 
-class Introduce(Message):
+class Introduce(Message, frozen=True):
     """The router does not know you (it restarted): say hello, then submit again all that is not granted."""
 
     epoch: int
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """Send the body of this request to that runtime now."""
 
     request: RequestId
@@ -147,7 +147,7 @@ class Grant(Message):
     activation_s: float = 0.0  # of queued_s, the time in which the model started or woke
 
 
-class Refuse(Message):
+class Refuse(Message, frozen=True):
     """Answer the client with this error."""
 
     request: RequestId
@@ -157,15 +157,15 @@ class Refuse(Message):
     retry_after_s: float | None = None
 
 
-class Lost(Message):
-    """The runtime of this granted request is gone. Submit once more if no byte was sent, else end in error."""
+class Lost(Message, frozen=True):
+    """The runtime of this granted request is gone. Submit again if no byte was sent, else an error."""
 
     request: RequestId
     attempt: int
     reason: str
 
 
-class AdminReply(Message):
+class AdminReply(Message, frozen=True):
     """The end of an AskAdmin."""
 
     ask: str
@@ -202,7 +202,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     kvpr: float
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """Sent to every api_server once a second and at each change of a state."""
 
     epoch: int
@@ -217,19 +217,19 @@ RouterToApi = Introduce | Grant | Refuse | Lost | AdminReply | Status
 # ---------------------------------------------------------------- router -> runtime
 
 
-class Sleep(Message):
+class Sleep(Message, frozen=True):
     """Drop KV, unmap weights. Only sent when nothing is in flight; answered by Slept or SleepRefused."""
 
     runtime: RuntimeId
 
 
-class Wake(Message):
+class Wake(Message, frozen=True):
     """Reserve, map, copy. Answered by Woke or WakeFailed."""
 
     runtime: RuntimeId
 
 
-class SetQuota(Message):
+class SetQuota(Message, frozen=True):
     """New floor and ceiling of KV, in bytes."""
 
     runtime: RuntimeId
@@ -237,7 +237,7 @@ class SetQuota(Message):
     ceiling_bytes: int
 
 
-class AskHello(Message):
+class AskHello(Message, frozen=True):
     """The router does not know this runtime (it restarted): send a Hello."""
 
     epoch: int
@@ -249,7 +249,7 @@ RouterToRuntime = Sleep | Wake | SetQuota | AskHello
 # ---------------------------------------------------------------- runtime -> router
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """A runtime is ready, or introduces itself again to a new router."""
 
     runtime: RuntimeId
@@ -262,7 +262,7 @@ class Hello(Message):
     phases: dict[str, float] = {}  # seconds of each phase of the start
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """The runtime has taken this request up."""
 
     runtime: RuntimeId
@@ -270,7 +270,7 @@ class Started(Message):
     attempt: int
 
 
-class FirstToken(Message):
+class FirstToken(Message, frozen=True):
     """The first byte of the answer left the engine, ``ttft_s`` after the runtime took the request up."""
 
     runtime: RuntimeId
@@ -279,7 +279,7 @@ class FirstToken(Message):
     ttft_s: float
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     """The request is over at this runtime. ``outcome``: "ok", "error", "cancelled"."""
 
     runtime: RuntimeId
@@ -293,24 +293,24 @@ class Finished(Message):
     completion_tokens: int = 0
 
 
-class Slept(Message):
+class Slept(Message, frozen=True):
     runtime: RuntimeId
     seconds: float
 
 
-class SleepRefused(Message):
+class SleepRefused(Message, frozen=True):
     """Still busy: the router thought nothing was in flight."""
 
     runtime: RuntimeId
     reason: str
 
 
-class Woke(Message):
+class Woke(Message, frozen=True):
     runtime: RuntimeId
     seconds: float
 
 
-class WakeFailed(Message):
+class WakeFailed(Message, frozen=True):
     """``shortage``: memory did not come in time, try again; else the runtime is broken."""
 
     runtime: RuntimeId
@@ -318,7 +318,7 @@ class WakeFailed(Message):
     shortage: bool
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Sent by every runtime a few times a second when it changed, once a second else: also the heartbeat."""
 
     runtime: RuntimeId
@@ -335,7 +335,7 @@ RuntimeToRouter = Hello | Started | FirstToken | Finished | Slept | SleepRefused
 # ---------------------------------------------------------------- router <-> supervisor
 
 
-class StartRuntime(Message):
+class StartRuntime(Message, frozen=True):
     """router -> supervisor: start a worker for this model on this device."""
 
     runtime: RuntimeId
@@ -343,20 +343,20 @@ class StartRuntime(Message):
     device: str
 
 
-class StopRuntime(Message):
+class StopRuntime(Message, frozen=True):
     """router -> supervisor: end that worker; answered by RuntimeExited."""
 
     runtime: RuntimeId
     reason: str
 
 
-class SupervisorHello(Message):
+class SupervisorHello(Message, frozen=True):
     """supervisor -> router: which runtimes are alive (at start none), and those that still start."""
 
     alive: list[RuntimeId] = []
 
 
-class RuntimeExited(Message):
+class RuntimeExited(Message, frozen=True):
     """supervisor -> router: the worker and all its children are gone; its granules return."""
 
     runtime: RuntimeId
@@ -371,7 +371,7 @@ SupervisorToRouter = SupervisorHello | RuntimeExited
 # ---------------------------------------------------------------- api_server <-> runtime (the token path)
 
 
-class Forward(Message):
+class Forward(Message, frozen=True):
     """api_server -> runtime, with the body as second frame: one HTTP request for the runtime's ASGI app."""
 
     request: RequestId
@@ -384,7 +384,7 @@ class Forward(Message):
     counted: bool = True  # False: not a generation (model info and the like), no Finished for the router
 
 
-class Credit(Message):
+class Credit(Message, frozen=True):
     """api_server -> runtime: that many more chunks have left for the client."""
 
     request: RequestId
@@ -392,21 +392,21 @@ class Credit(Message):
     chunks: int
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """api_server -> runtime: the client has gone."""
 
     request: RequestId
     attempt: int
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     """api_server -> runtime: are you there? Answered by Pong with the requests it is answering for us."""
 
 
 ApiToRuntime = Forward | Credit | Cancel | Ping
 
 
-class Head(Message):
+class Head(Message, frozen=True):
     """runtime -> api_server: status and headers of the answer."""
 
     request: RequestId
@@ -415,8 +415,8 @@ class Head(Message):
     headers: list[tuple[bytes, bytes]]
 
 
-class Chunk(Message):
-    """runtime -> api_server, bytes as second frame. ``seq`` counts from 0: a gap means that frames were lost."""
+class Chunk(Message, frozen=True):
+    """runtime -> api_server, bytes as second frame. ``seq`` counts from 0: a gap is a loss."""
 
     request: RequestId
     attempt: int
@@ -424,7 +424,7 @@ class Chunk(Message):
     last: bool
 
 
-class Broke(Message):
+class Broke(Message, frozen=True):
     """runtime -> api_server: the app failed; ``started`` tells whether a Head was sent."""
 
     request: RequestId
@@ -433,7 +433,7 @@ class Broke(Message):
     message: str
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     runtime: RuntimeId
     running: list[RequestKey] = []
 
@@ -441,16 +441,16 @@ class Pong(Message):
 RuntimeToApi = Head | Chunk | Broke | Pong
 
 
-# ---------------------------------------------------------------- supervisor <-> standby (JSON over a SOCK_SEQPACKET pair)
+# ---------------- supervisor <-> standby (JSON, SOCK_SEQPACKET pair)
 
 
-class Spawn(Message):
+class Spawn(Message, frozen=True):
     """supervisor -> standby: start a worker process for this spec, in a session of its own."""
 
     spec: RuntimeSpec
 
 
-class Kill(Message):
+class Kill(Message, frozen=True):
     """supervisor -> standby: SIGTERM the worker now, SIGKILL its whole session after ``grace_s``."""
 
     runtime: RuntimeId
@@ -460,18 +460,18 @@ class Kill(Message):
 SupervisorToStandby = Spawn | Kill
 
 
-class StandbyReady(Message):
+class StandbyReady(Message, frozen=True):
     """standby -> supervisor: the imports are done, Spawn now costs milliseconds."""
 
     seconds: float
 
 
-class Spawned(Message):
+class Spawned(Message, frozen=True):
     runtime: RuntimeId
     pid: int
 
 
-class WorkerExited(Message):
+class WorkerExited(Message, frozen=True):
     """standby -> supervisor: the worker and every process of its session are gone."""
 
     runtime: RuntimeId
@@ -482,10 +482,10 @@ class WorkerExited(Message):
 StandbyToSupervisor = StandbyReady | Spawned | WorkerExited
 
 
-# ---------------------------------------------------------------- runtime <-> image store (JSON over AF_UNIX SOCK_SEQPACKET)
+# ---------------- runtime <-> image store (JSON, AF_UNIX SOCK_SEQPACKET)
 
 
-class OpenImage(Message):
+class OpenImage(Message, frozen=True):
     """Ask for the memfd of these weights. The answer waits while another runtime is still writing it."""
 
     key: str
@@ -493,13 +493,13 @@ class OpenImage(Message):
     name: str  # for people: the model's name
 
 
-class SealImage(Message):
+class SealImage(Message, frozen=True):
     """The image is written, and no writable mapping is left: seal it and keep it."""
 
     key: str
 
 
-class ImageReply(Message):
+class ImageReply(Message, frozen=True):
     """``new``: write it, then SealImage (closing the connection drops it). ``ready``: sealed, read only.
     Both carry the memfd as SCM_RIGHTS. ``sealed`` answers SealImage. ``refused``: see ``reason``."""
 
