@@ -30,9 +30,9 @@ def runtime_requests(run_dir: str, runtime: RuntimeId) -> str:
     return f"ipc://{run_dir}/rt-{_file_name(runtime)}.sock"
 
 
-def doorbell(run_dir: str, device: str, slot: int) -> str:
-    """AF_UNIX datagram socket of the ledger owner in ``slot``: one byte means "look at your slot"."""
-    return str(Path(run_dir) / f"bell-{device}-{slot}")
+def doorbell(run_dir: str, pid: int) -> str:
+    """AF_UNIX datagram socket of the ledger owner in process ``pid``: one byte means "look at your slot"."""
+    return str(Path(run_dir) / f"bell-{pid}")
 
 
 def image_store(run_dir: str) -> str:

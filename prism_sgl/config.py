@@ -1,12 +1,23 @@
 """models.toml as one tree of structs. Only this module reads configuration files and the environment.
 
 A typo is an error, not a default: every struct forbids unknown fields, and every wrong value becomes one
-ConfigError line with file, key, value and remedy (exit code 78).
+ConfigError line with file, key, value and remedy (exit code 78). A key of the file is the name of its field
+without the unit, because the value carries one: ``max_body = "32MiB"`` becomes ``max_body_bytes``.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 import msgspec
+
+from prism_sgl import machine
+from prism_sgl.config_checks import check_devices, check_fit, check_names, check_socket_names
+from prism_sgl.config_table import Table, keys_of, read_toml, show_value
+from prism_sgl.model_files import ModelFacts, read_facts
+from prism_sgl.units import GRANULE_BYTES, round_down
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,7 +78,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     devices: tuple[str, ...] = ()  # names it may be placed on; none: any
     engine_args: dict[str, object] = {}
     env: dict[str, str] = {}
-    # Read from the model's own files (launch/model_files.py), 0 where they tell nothing:
+    # Read from the model's own files (model_files.py), 0 where they tell nothing:
     weights_bytes: int = 0
     kv_bytes_per_token: int = 0
     context_tokens: int = 0
@@ -80,3 +91,208 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     devices: tuple[DeviceConfig, ...]
     models: dict[str, ModelConfig]
     file: str = "models.toml"
+
+
+def load(path: str | Path) -> Config:
+    """The configuration in this file, complete and checked. Raises ConfigError."""
+    file = str(path)
+    raw = read_toml(Path(path).expanduser(), file)
+    root = Table(file, "", raw, [*keys_of(Config)][:-1])
+    server = _server(_section(root, "server", ServerConfig))
+    memory = _memory(_section(root, "memory", MemoryConfig))
+    scheduler = _scheduler(_section(root, "scheduler", SchedulerConfig))
+    devices = _devices(root)
+    models = _models(root)
+    config = Config(
+        server=server, memory=memory, scheduler=scheduler, devices=devices, models=models, file=file
+    )
+    check_names(config)
+    check_devices(config)
+    check_fit(config)
+    check_socket_names(config, run_dir(config))
+    return config
+
+
+def run_dir(config: Config) -> str:
+    """The private folder of this instance: as configured, or by user and port."""
+    if config.server.run_dir:
+        return config.server.run_dir
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isdir(base):
+        base = "/tmp"
+    return f"{base}/prism_sgl-{os.getuid()}-{config.server.port}"
+
+
+def log_dir(config: Config) -> str:
+    return config.server.log_dir or f"{run_dir(config)}/logs"
+
+
+def server_address(given: str | None) -> str:
+    """Base URL of the server that the command line talks to."""
+    address = (given or "127.0.0.1:30000").rstrip("/")
+    return address if "://" in address else f"http://{address}"
+
+
+def _section(root: Table, key: str, struct: type[msgspec.Struct]) -> Table:
+    return Table(root.file, key, root.values.get(key, {}), keys_of(struct))
+
+
+def _server(table: Table) -> ServerConfig:
+    default = ServerConfig()
+    return ServerConfig(
+        host=table.text("host", default.host, example='"127.0.0.1"'),
+        port=table.integer("port", default.port, 1, 65535),
+        api_keys=table.texts("api_keys", example='["a-long-secret"]', secret=True),
+        admin_keys=table.texts("admin_keys", example='["another-secret"]', secret=True),
+        max_body_bytes=table.size("max_body", default.max_body_bytes, example="32MiB", low=1024),
+        max_queue=table.integer("max_queue", default.max_queue, 1),
+        activation_timeout_s=table.duration(
+            "activation_timeout", default.activation_timeout_s, example="10m"
+        ),
+        drain_timeout_s=table.duration("drain_timeout", default.drain_timeout_s, example="30s"),
+        run_dir=_path(table.text("run_dir", default.run_dir, example='"/run/prism_sgl"')),
+        log_dir=_path(table.text("log_dir", default.log_dir, example='"/var/log/prism_sgl"')),
+        log_level=table.text(
+            "log_level", default.log_level, example='"info"', choices=("debug", "info", "warning", "error")
+        ),
+    )
+
+
+def _memory(table: Table) -> MemoryConfig:
+    default = MemoryConfig()
+    return MemoryConfig(
+        kv_page_bytes=table.page_size("kv_page", default.kv_page_bytes),
+        weights_page_bytes=table.page_size("weights_page", default.weights_page_bytes),
+        host_cache_bytes=table.size("host_cache", default.host_cache_bytes, example="64GiB"),
+    )
+
+
+def _scheduler(table: Table) -> SchedulerConfig:
+    default = SchedulerConfig()
+    return SchedulerConfig(
+        sleep_after_s=table.duration("sleep_after", default.sleep_after_s, example="45s"),
+        min_residence_s=table.duration("min_residence", default.min_residence_s, example="2s"),
+        max_wait_s=table.duration("max_wait", default.max_wait_s, example="10s"),
+        window_s=table.duration("window", default.window_s, example="60s"),
+        prefill_window=table.integer("prefill_window", default.prefill_window, 1),
+        start_parallel=table.integer("start_parallel", default.start_parallel, 1),
+        min_move_gain=table.number("min_move_gain", default.min_move_gain, 0.0, 10.0),
+    )
+
+
+def _devices(root: Table) -> tuple[DeviceConfig, ...]:
+    listed = root.values.get("devices")
+    if listed is None:
+        return (_whole_host(root),)
+    if not isinstance(listed, list) or not listed:
+        root.fail("devices", f"is {show_value(listed)}, not a list of tables", "write each as [[devices]]")
+    return tuple(_device(root, number, values) for number, values in enumerate(listed))
+
+
+def _whole_host(root: Table) -> DeviceConfig:
+    if num := machine.num_gpus():
+        root.fail(
+            "devices",
+            f"is missing on a machine with {num} GPUs",
+            'give each a table [[devices]] with name, kind = "cuda", index and memory, e.g. "70GiB"',
+        )
+    half = round_down(machine.memory_bytes() // 2, GRANULE_BYTES)
+    return DeviceConfig(name="host0", kind="host", memory_bytes=half)
+
+
+def _device(root: Table, number: int, values: object) -> DeviceConfig:
+    table = Table(root.file, f"devices[{number}]", values, keys_of(DeviceConfig))
+    name = table.text("name", None, example='"host0"')
+    table.where = f"devices.{name}" if name.isprintable() else table.where
+    if not table.has("memory"):
+        table.fail("memory", "is missing", 'give the budget that all models share, e.g. memory = "1GiB"')
+    return DeviceConfig(
+        name=name,
+        kind=table.text("kind", None, example='"host"', choices=("host", "cuda")),
+        index=table.integer("index", 0, 0),
+        memory_bytes=round_down(table.size("memory", 0, example="1GiB", low=16 << 20), GRANULE_BYTES),
+    )
+
+
+def _models(root: Table) -> dict[str, ModelConfig]:
+    listed = root.values.get("models", {})
+    if not isinstance(listed, dict) or not listed:
+        root.fail("models", "is empty", 'add a table, e.g. [models.chat] with path = "/models/chat"')
+    return {name: _model(root.file, name, values) for name, values in listed.items()}
+
+
+# Not keys of the file: the table's name, and what model_files.py reads.
+_NOT_KEYS = frozenset({"name", "weights", "kv_bytes_per_token", "context_tokens"})
+_SLO_KEYS = ("ttft_ms", "tpot_ms")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _model(file: str, name: str, values: object) -> ModelConfig:
+    table = Table(
+        file, f"models.{name}", values, [key for key in keys_of(ModelConfig) if key not in _NOT_KEYS]
+    )
+    default = ModelConfig(name=name, path="")
+    engine_args = table.mapping("engine_args")
+    path = _path(table.text("path", None, example='"/models/chat"'))
+    facts = _facts(table, path, engine_args)
+    return ModelConfig(
+        name=name,
+        path=path,
+        aliases=table.texts("aliases", example='["small"]'),
+        slo=_slo(Table(file, f"models.{name}.slo", table.mapping("slo"), _SLO_KEYS)),
+        priority=table.any_integer("priority", default.priority),
+        pin=table.flag("pin", default.pin),
+        preload=table.flag("preload", default.preload),
+        min_kv_bytes=table.size("min_kv", default.min_kv_bytes, example="64MiB"),
+        max_kv_bytes=table.size("max_kv", default.max_kv_bytes, example="512MiB"),
+        block_tokens=table.integer("block_tokens", default.block_tokens, 1, 1024),
+        devices=table.texts("devices", example='["host0"]'),
+        engine_args=engine_args,
+        env=_env(table),
+        weights_bytes=facts.weights_bytes,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        context_tokens=facts.context_tokens,
+    )
+
+
+def _slo(table: Table) -> Slo:
+    default = Slo()
+    return Slo(
+        ttft_s=table.milliseconds("ttft_ms", default.ttft_s),
+        tpot_s=table.milliseconds("tpot_ms", default.tpot_s),
+    )
+
+
+def _env(table: Table) -> dict[str, str]:
+    env = table.mapping("env")
+    for key, value in env.items():
+        if not isinstance(value, str):
+            table.fail(f"env.{key}", f"is {show_value(value)}", f'give text, e.g. {key} = "{value}"')
+    return {key: str(value) for key, value in env.items()}
+
+
+def _facts(table: Table, path: str, engine_args: dict[str, object]) -> ModelFacts:
+    if not os.path.exists(path):
+        if _HUB_ID.fullmatch(path):
+            return ModelFacts()  # SGLang downloads it; until then nothing is known of it
+        table.fail(
+            "path", f"is {show_value(path)}, which does not exist", "give the folder of the model's files"
+        )
+    if os.path.isdir(path) and not os.path.isfile(f"{path}/config.json"):
+        table.fail(
+            "path", f"is {show_value(path)}, which has no config.json", "give the folder of the model's files"
+        )
+    try:
+        return read_facts(Path(path), engine_args)
+    except (ValueError, OSError) as error:
+        table.fail("path", f"is {show_value(path)}, whose {error}", "fetch the model again")
+
+
+def _path(written: str) -> str:
+    """With ~ expanded; a path that exists is made absolute, because all processes must mean the same."""
+    expanded = os.path.expanduser(written)
+    return (
+        os.path.abspath(expanded)
+        if expanded and (written != expanded or os.path.exists(expanded))
+        else expanded
+    )

@@ -520,7 +520,11 @@ decode_router_to_supervisor = msgspec.msgpack.Decoder(RouterToSupervisor).decode
 decode_supervisor_to_router = msgspec.msgpack.Decoder(SupervisorToRouter).decode
 decode_api_to_runtime = msgspec.msgpack.Decoder(ApiToRuntime).decode
 decode_runtime_to_api = msgspec.msgpack.Decoder(RuntimeToApi).decode
+# What a decoder raises on a frame that it can't read: count it and drop it.
+DECODE_ERRORS = (msgspec.DecodeError, msgspec.ValidationError)
+
 encode_json = msgspec.json.encode
+decode_runtime_spec = msgspec.json.Decoder(RuntimeSpec).decode
 decode_supervisor_to_standby = msgspec.json.Decoder(SupervisorToStandby).decode
 decode_standby_to_supervisor = msgspec.json.Decoder(StandbyToSupervisor).decode
 decode_image_request = msgspec.json.Decoder(ImageRequest).decode

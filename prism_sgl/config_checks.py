@@ -1,0 +1,168 @@
+"""What no single value shows: names taken twice, budgets that cannot hold what is asked of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prism_sgl import addresses
+from prism_sgl.errors import ConfigError
+from prism_sgl.messages import RuntimeId
+from prism_sgl.units import GRANULE_BYTES, round_up, show_size
+
+if TYPE_CHECKING:
+    from prism_sgl.config import Config, DeviceConfig, ModelConfig
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]*")
+_DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_MAX_SOCKET_PATH_BYTES = 107  # sun_path without its closing zero
+# Ours to set; each has a key of its own, or none because it would make the budget untrue.
+_OWN_ENGINE_ARGS = {
+    "model": "path",
+    "model_path": "path",
+    "served_model_name": "the name of the table, or aliases",
+    "page_size": "block_tokens",
+    "host": "[server] host",
+    "port": "[server] port",
+    "api_key": "[server] api_keys",
+    "mem_fraction_static": "memory of [[devices]]",
+    "max_total_tokens": "max_kv",
+    "device": "kind of [[devices]]",
+    "base_gpu_id": "index of [[devices]]",
+}
+
+
+def check_names(config: Config) -> None:
+    """Each name and alias means one model; names can stand in URLs, sockets and runtime ids."""
+    taken: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for model in config.models.values():
+        where = f"models.{model.name}"
+        for key, name in ((where, model.name), *((f"{where}.aliases", alias) for alias in model.aliases)):
+            if _MODEL_NAME.fullmatch(name) is None:
+                _fail(
+                    config,
+                    key if key.isprintable() else repr(key),
+                    f"has the name {name!r:.60}",
+                    _NAME_REMEDY,
+                )
+            if name in taken:
+                problem = f'is "{name}", which {taken[name]} is too'
+                _fail(config, key, problem, "give each model names of its own")
+            taken[name] = key
+        if other := files.get(file := addresses.phases("", RuntimeId(model.name))):
+            _fail(config, where, f"cannot be told from models.{other} in file names", "rename one of them")
+        files[file] = model.name
+        for argument in model.engine_args:
+            if argument in _OWN_ENGINE_ARGS:
+                remedy = f"use {_OWN_ENGINE_ARGS[argument]} instead"
+                _fail(config, f"{where}.engine_args.{argument}", "is set by prism_sgl", remedy)
+            if "-" in argument or argument.startswith("_"):
+                remedy = f"did you mean {argument.strip('-').replace('-', '_')}?"
+                _fail(config, f"{where}.engine_args.{argument}", "is no name of a SGLang argument", remedy)
+
+
+_NAME_REMEDY = "use letters, digits and . _ : / + - only, beginning with a letter or digit"
+
+
+def check_devices(config: Config) -> None:
+    names = [device.name for device in config.devices]
+    places: dict[tuple[str, int], str] = {}
+    for number, device in enumerate(config.devices):
+        where = f"devices[{number}]"
+        if _DEVICE_NAME.fullmatch(device.name) is None:
+            remedy = "use letters, digits, _ and - only, beginning with a letter or digit"
+            _fail(config, f"{where}.name", f"is {device.name!r}", remedy)
+        if device.name in names[:number]:
+            _fail(config, f"{where}.name", f'is "{device.name}", which another device is too', "rename one")
+        place = (device.kind, device.index)
+        if device.kind == "cuda" and place in places:
+            problem = f"is {device.index}, which devices.{places[place]} is too"
+            _fail(config, f"devices.{device.name}.index", problem, "give each GPU one device")
+        places[place] = device.name
+    for model in config.models.values():
+        for wanted in model.devices:
+            if wanted not in names:
+                near = difflib.get_close_matches(wanted, names, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"known devices: {', '.join(names)}"
+                _fail(config, f"models.{model.name}.devices", f'has "{wanted}", which is no device', remedy)
+
+
+def check_fit(config: Config) -> None:
+    """Every model alone fits on a device with one request of full length, and all pinned ones together."""
+    for model in config.models.values():
+        _check_kv(config, model)
+        largest = max(allowed_devices(config, model), key=lambda device: device.memory_bytes)
+        needed = least_bytes(config, model)
+        if needed > largest.memory_bytes:
+            _fail(
+                config,
+                f"models.{model.name}",
+                f"needs {show_size(needed)} ({show_size(model.weights_bytes)} of them weights), more than "
+                f"the {show_size(largest.memory_bytes)} of {largest.name}",
+                "give a device more memory, or lower engine_args.context_length or min_kv",
+            )
+    pinned = [model for model in config.models.values() if model.pin]
+    for model in pinned:
+        names = {device.name for device in allowed_devices(config, model)}
+        beside = [m for m in pinned if {d.name for d in allowed_devices(config, m)} <= names]
+        needed = sum(least_bytes(config, m) for m in beside)
+        budget = sum(device.memory_bytes for device in config.devices if device.name in names)
+        if needed > budget:
+            _fail(
+                config,
+                f"models.{model.name}.pin",
+                f"is true, but pinned {', '.join(m.name for m in beside)} need {show_size(needed)} "
+                f"of the {show_size(budget)} on {', '.join(sorted(names))}",
+                "pin fewer models",
+            )
+
+
+def allowed_devices(config: Config, model: ModelConfig) -> Iterable[DeviceConfig]:
+    return [device for device in config.devices if not model.devices or device.name in model.devices]
+
+
+def least_bytes(config: Config, model: ModelConfig) -> int:
+    """What the model must hold to answer its longest request, as far as its files tell."""
+    floor = max(one_request_bytes(model), model.min_kv_bytes)
+    return model.weights_bytes + round_up(floor, config.memory.kv_page_bytes)
+
+
+def one_request_bytes(model: ModelConfig) -> int:
+    return model.kv_bytes_per_token * model.context_tokens
+
+
+def _check_kv(config: Config, model: ModelConfig) -> None:
+    one = one_request_bytes(model)
+    for key, size_bytes in (("min_kv", model.min_kv_bytes), ("max_kv", model.max_kv_bytes)):
+        if 0 < size_bytes < one:
+            least = show_size(round_up(one, GRANULE_BYTES))
+            _fail(
+                config,
+                f"models.{model.name}.{key}",
+                f"is {show_size(size_bytes)}, less than one request of full length "
+                f"({model.context_tokens} tokens x {model.kv_bytes_per_token} bytes)",
+                f'give at least "{least}" or lower engine_args.context_length',
+            )
+    if 0 < model.max_kv_bytes < model.min_kv_bytes:
+        problem = f"is {show_size(model.min_kv_bytes)}, more than max_kv ({show_size(model.max_kv_bytes)})"
+        _fail(config, f"models.{model.name}.min_kv", problem, "lower it or raise max_kv")
+
+
+def check_socket_names(config: Config, run_dir: str) -> None:
+    """Unix sockets have short names, and bind() would fail long after the start."""
+    for model in config.models.values():
+        for device in config.devices:
+            runtime = RuntimeId(f"{model.name}@{device.name}.999999")
+            path = addresses.runtime_requests(run_dir, runtime).removeprefix("ipc://")
+            if (excess := len(path.encode()) - _MAX_SOCKET_PATH_BYTES) > 0:
+                problem = (
+                    f"makes a socket name of {len(path.encode())} bytes for {model.name}: {excess} too many"
+                )
+                _fail(config, "server.run_dir", problem, "give a shorter folder, or shorter names")
+
+
+def _fail(config: Config, key: str, problem: str, remedy: str) -> None:
+    raise ConfigError(key, problem, remedy, file=config.file)

@@ -1,0 +1,126 @@
+"""All device memory of one runtime: its slot in the ledger, its KV arena, its weights arena.
+
+One object a scheduler process, made when SGLang loads the model and found through ``RuntimeMemory.current()``,
+because SGLang builds pools and models by itself and gives our code nothing to hold on to.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from prism_sgl import addresses
+from prism_sgl.allocator.doorbell import Doorbell
+from prism_sgl.allocator.elastic_pool import ElasticPool
+from prism_sgl.allocator.ledger import Kind, Ledger, Owner
+from prism_sgl.allocator.page_pool import PagePool
+from prism_sgl.allocator.vmm import GRANULE_BYTES, Vmm
+from prism_sgl.allocator.vmm_host import HostArena
+from prism_sgl.allocator.weights import WeightsArena
+from prism_sgl.engine.spec import current_spec
+from prism_sgl.errors import PrismError, UnsupportedModelError
+from prism_sgl.messages import RuntimeSpec
+
+if TYPE_CHECKING:
+    from prism_sgl.engine.safe_point import SafePoint
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# How often a waiting runtime looks again: a neighbour answers at its next safe point, a forward pass away.
+_LOOK_AGAIN_S = 0.002
+# A victim that needs longer than this drops running requests as well (safe_point.py).
+TARGET_DEADLINE_S = 0.25
+START_TIMEOUT_S = 120.0
+
+
+class ShortageError(PrismError):
+    """Memory did not come within the time given. The caller undoes its step; nothing is broken."""
+
+
+def granules(size_bytes: int) -> int:
+    return math.ceil(size_bytes / GRANULE_BYTES)
+
+
+class RuntimeMemory:
+    """Owner of the ledger slot and of both arenas of this process."""
+
+    _current: ClassVar[RuntimeMemory | None] = None
+
+    def __init__(self, spec: RuntimeSpec) -> None:
+        self.spec = spec
+        self.ledger = Ledger.open(spec.ledger_path)
+        self.bell = Doorbell(addresses.doorbell(spec.run_dir, os.getpid()))
+        self.owner: Owner = self.ledger.join(
+            spec.runtime,
+            floor=granules(spec.floor_bytes),
+            ceiling=granules(spec.ceiling_bytes) if spec.ceiling_bytes else self.ledger.budget,
+            priority=spec.priority,
+            bell=addresses.doorbell(spec.run_dir, os.getpid()),
+        )
+        self.kv: ElasticPool | None = None
+        self.weights: WeightsArena | None = None
+        self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)
+
+    @classmethod
+    def current(cls) -> RuntimeMemory:
+        if cls._current is None:
+            cls._current = cls(current_spec())
+        return cls._current
+
+    @property
+    def kv_ceiling_bytes(self) -> int:
+        """The most KV that this runtime may ever hold: the size of its reserved range."""
+        budget_bytes = self.ledger.budget * GRANULE_BYTES
+        room = budget_bytes - self.owner.held(Kind.WEIGHTS) * GRANULE_BYTES
+        return min(self.spec.ceiling_bytes or budget_bytes, room)
+
+    def arena(self, name: str, size_bytes: int, page_bytes: int) -> Vmm:
+        """Reserve an address range on this runtime's device; nothing is mapped."""
+        if self.spec.device_kind != "host":
+            raise UnsupportedModelError("devices of kind 'cuda' are not built yet; use kind = \"host\"")
+        return HostArena(f"{self.spec.runtime}:{name}", math.ceil(size_bytes / page_bytes), page_bytes)
+
+    def open_kv(self, *, block_bytes: int, num_blocks: int) -> ElasticPool:
+        """The KV arena, with the padding block's page mapped (kv_pool.py)."""
+        vmm = self.arena("kv", block_bytes * num_blocks, self.spec.kv_page_bytes)
+        pages = PagePool(
+            num_pages=vmm.num_pages, page_bytes=vmm.page_bytes, block_bytes=block_bytes, num_blocks=num_blocks
+        )
+        pool = ElasticPool(vmm, self.owner, pages)
+        if self.insist(pool.open, vmm.page_bytes, START_TIMEOUT_S) is None:
+            raise ShortageError(f"{self.spec.runtime}: no memory for the first page of KV")
+        self.kv = pool
+        return pool
+
+    def insist(self, attempt: Callable[[], T | None], wanted_bytes: int, timeout_s: float) -> T | None:
+        """Try until it works or time is over, asking the neighbours for what is missing meanwhile.
+
+        ``attempt`` returns None (or False) on shortage and has then changed nothing.
+        """
+        deadline = time.monotonic() + timeout_s
+        asked_at = -math.inf
+        while True:
+            result = attempt()
+            if result is not None and result is not False:
+                return result
+            now = time.monotonic()
+            if now >= deadline:
+                return None
+            if now - asked_at > TARGET_DEADLINE_S:
+                self.ask_neighbours(granules(wanted_bytes))
+                asked_at = now
+            self.bell.wait(_LOOK_AGAIN_S)
+
+    def ask_neighbours(self, wanted: int) -> None:
+        """Post reclaim targets for ``wanted`` granules, after what dead owners left has been taken back."""
+        self.ledger.reap(None)
+        missing = wanted - self.ledger.totals().free
+        if missing > 0:
+            posted = self.owner.post_targets(missing, TARGET_DEADLINE_S)
+            if posted:
+                log.info("asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted))

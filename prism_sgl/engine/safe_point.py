@@ -1,0 +1,210 @@
+"""What a runtime does for its memory once a turn, at the one place where it may change.
+
+SGLang decides each turn in ``Scheduler.get_next_batch_to_run`` (srt/managers/scheduler.py:2925). Just before,
+messages are handled and nothing is being allocated: the lease may change there and nowhere else, since
+admission reads ``available_size()`` many times a pass and a failed ``alloc`` after it kills the scheduler
+(facts 3.3, 4.2). Three things happen there, in this order: answer a neighbour's target, grow for the work at
+hand, and un-stick admission (``batch_is_full`` is never reset on an empty batch: facts 3.4).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+from prism_sgl.allocator.ledger import Kind, Target
+from prism_sgl.allocator.vmm import GRANULE_BYTES
+from prism_sgl.engine.page_eviction import evict_pages
+from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory, granules
+from prism_sgl.engine.slots import ElasticAllocator
+
+log = logging.getLogger(__name__)
+
+# Costs are per call, not per byte: a runtime that grows takes at least this many pages at once, if they are free.
+_GROW_PAGES = 4
+# The last running request waits this long for its runtime's floor before SGLang may abort it.
+_FLOOR_TIMEOUT_S = 60.0
+_RETRY_S = 0.002
+
+
+class SafePoint:
+    """Keeps one scheduler's lease in step with its work and its neighbours' needs."""
+
+    def __init__(self, scheduler: Any, memory: RuntimeMemory) -> None:
+        self.scheduler = scheduler
+        self.memory = memory
+        self.allocator: ElasticAllocator = scheduler.token_to_kv_pool_allocator
+        self.tree = scheduler.tree_cache
+        self._asked_at = -math.inf
+        self._tried_at = -math.inf
+
+    # -- the hook
+
+    def next_batch(self, original: Callable[..., Any], running_batch: Any, last_batch: Any) -> Any:
+        self._answer_target(running_batch)
+        short = self._grow_for_work(running_batch)
+        plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
+        if plan.batch_to_run is None and self.scheduler.waiting_queue and short:
+            # Admission waits for memory that a neighbour holds; without this pause the loop would spin on it.
+            self.memory.bell.wait(_RETRY_S)
+        return plan
+
+    # -- growing
+
+    def _grow_for_work(self, running_batch: Any) -> bool:
+        """Take what the work at hand wants, free memory first; True if it cannot go on with what there is."""
+        waiting = self._waiting_tokens(running_batch)
+        running = self._running_tokens(running_batch)
+        busy = bool(waiting or running)
+        available = self.allocator.available_size()
+        wanted = waiting + running - available
+        if wanted > 0 and time.monotonic() - self._tried_at > _RETRY_S:
+            self._tried_at = time.monotonic()
+            wanted -= self.grow(wanted)
+            running_batch.batch_is_full = False
+        missing = wanted - self.tree.evictable_size() if wanted > 0 else 0
+        if missing > 0 and time.monotonic() - self._asked_at > TARGET_DEADLINE_S:
+            self._asked_at = time.monotonic()
+            self.memory.ask_neighbours(granules(missing * self._token_bytes))
+        self.memory.owner.set_activity(
+            busy, granules(max(missing, 0) * self._token_bytes), time.monotonic_ns()
+        )
+        return missing > 0
+
+    def grow(self, tokens: int) -> int:
+        """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
+        pool = self.allocator.elastic
+        pages = math.ceil(tokens * self._token_bytes / pool.pages.page_bytes) + 1
+        ranges = pool.grow_up_to(max(pages, _GROW_PAGES))
+        self.allocator.add_blocks(ranges)
+        return sum(len(r) for r in ranges) * self.allocator.page_size
+
+    def ensure_usable(self, tokens: int) -> bool:
+        """Wait until pages for ``tokens`` tokens are mapped, used ones included; False if they never came.
+
+        Only called when nothing else could go on anyway. The floor covers one request of full length and the
+        router keeps the sum of floors within the budget, so somebody is above his floor and will give.
+        """
+
+        def attempt() -> bool:
+            missing = tokens - self.allocator.usable_tokens()
+            if missing > 0:
+                self.grow(missing)
+            return self.allocator.usable_tokens() >= tokens
+
+        missing_bytes = max(0, tokens - self.allocator.usable_tokens()) * self._token_bytes
+        return bool(self.memory.insist(attempt, missing_bytes, _FLOOR_TIMEOUT_S))
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.allocator.elastic.pages.block_bytes // self.allocator.page_size
+
+    def _waiting_tokens(self, running_batch: Any) -> int:
+        """What admission will ask for the waiting requests that may start now (PrefillAdder.add_one_req)."""
+        slots = self.scheduler.max_running_requests - len(running_batch.reqs)
+        block = self.allocator.page_size
+        waiting = self.scheduler.waiting_queue[: max(slots, 0)]
+        total = sum(
+            len(r.origin_input_ids) + len(r.output_ids) + _answer_tokens(r) + 2 * block for r in waiting
+        )
+        chunked = self.scheduler.chunked_req
+        if chunked is not None:
+            total += self._chunk_rest(chunked) + _answer_tokens(chunked) + 2 * block
+        return total
+
+    def _running_tokens(self, running_batch: Any) -> int:
+        """What the running requests may still want: their whole answers, as admission counts them."""
+        block = self.allocator.page_size
+        return sum(_answer_tokens(r) + block for r in running_batch.reqs)
+
+    def _chunk_rest(self, chunked: Any) -> int:
+        return max(0, len(chunked.origin_input_ids) + len(chunked.output_ids) - len(chunked.prefix_indices))
+
+    # -- giving back
+
+    def _answer_target(self, running_batch: Any) -> None:
+        target = self.memory.owner.target()
+        if target is None:
+            return
+        given, lost = self._give_back_to(target, running_batch)
+        if given:
+            log.info(
+                "reclaim: gave %d MiB back to neighbours, lost %d cached tokens, keeps %d MiB of KV",
+                given * self.allocator.elastic.pages.page_bytes >> 20,
+                lost,
+                self.allocator.elastic.mapped_bytes >> 20,
+            )
+        if self._excess_pages(target) <= 0:
+            self.memory.owner.answer_target(target.seq)
+
+    def _give_back_to(self, target: Target, running_batch: Any) -> tuple[int, int]:
+        """(pages given, cached tokens lost) on the way down to the target: empty pages, prefix cache, requests."""
+        if self.scheduler.enable_overlap:
+            # The forward in flight still writes slots that were freed meanwhile (facts 4.2).
+            self.scheduler.forward_stream.synchronize()
+        given = self.allocator.drop_pages(self._spare(self._excess_pages(target)))
+        lost = 0
+        excess = self._excess_pages(target)
+        if excess > 0 and self.tree.evictable_size() > 0:
+            lost = evict_pages(self.tree, self.allocator, excess)
+            given += self.allocator.drop_pages(self._spare(excess))
+        if self._excess_pages(target) > 0 and target.overdue(time.monotonic_ns()):
+            given += self._retract_to(target, running_batch)
+        return given, lost
+
+    def _spare(self, num_pages: int) -> list[int]:
+        """Up to ``num_pages`` empty pages, highest first, never what a chunked prefill was promised.
+
+        Its later chunks are allocated without a new admission test, so what they need must stay.
+        """
+        if num_pages <= 0:
+            return []
+        empty = [p for p in self.allocator.empty_pages() if not self.allocator.elastic.pages.is_pinned(p)]
+        chunked = self.scheduler.chunked_req
+        if chunked is not None:
+            reserve = self._chunk_rest(chunked) + 2 * self.allocator.page_size
+            free = self.allocator.available_size() + self.tree.evictable_size() - reserve
+            page_tokens = len(self.allocator.blocks_of_page(0)) * self.allocator.page_size
+            num_pages = min(num_pages, max(0, free // max(page_tokens, 1)))
+        return empty[:num_pages]
+
+    def _excess_pages(self, target: Target) -> int:
+        excess = self.memory.owner.held(Kind.KV) - target.granules
+        return math.ceil(excess * GRANULE_BYTES / self.allocator.elastic.pages.page_bytes)
+
+    def _retract_to(self, target: Target, batch: Any) -> int:
+        """Send running requests back to the queue, youngest answers first, until the target is met.
+
+        They lose nothing but time: SGLang prefills prompt and answer so far again (schedule_batch.py:2734).
+        One stays: the floor is at least one request of full length.
+        """
+        if batch is None or batch.is_empty():
+            return 0
+        batch.filter_batch()
+        keep = batch._get_decode_retraction_order(batch.reqs, self.scheduler.server_args)
+        retracted = []
+        given = 0
+        while len(keep) > 1 and self._excess_pages(target) > 0:
+            index = keep.pop()
+            retracted.append(batch.reqs[index])
+            batch.release_req(index, len(keep), self.scheduler.server_args)
+            evict_pages(self.tree, self.allocator, self._excess_pages(target))
+            given += self.allocator.drop_pages(self._spare(self._excess_pages(target)))
+        if retracted:
+            batch.filter_batch(keep_indices=keep)
+            batch.batch_is_full = False
+            for request in retracted:
+                self.scheduler._add_request_to_queue(request, is_retracted=True)
+            log.info("reclaim: %d running requests wait again", len(retracted))
+        return given
+
+
+def _answer_tokens(request: Any) -> int:
+    """Tokens that admission reserves for the rest of an answer (schedule_policy.py:559)."""
+    rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
+    return min(max(rest, 0), CLIP_MAX_NEW_TOKENS)

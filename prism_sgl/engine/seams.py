@@ -1,0 +1,197 @@
+"""Every place where we reach into SGLang, with the signature that we rely on; attached, then proven.
+
+SGLang logs a hook that does not attach and starts anyway (srt/plugins/hook_registry.py:165), so ``prove_hooks``
+looks at what was attached and refuses to go on without it. A renamed method or a new parameter is found by
+``check_signatures`` before anything is attached, and by tests/engine/test_seams.py before a release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from prism_sgl.engine import sleep_wake
+from prism_sgl.engine.runtime_memory import RuntimeMemory
+from prism_sgl.engine.support import refuse_unsupported_model
+from prism_sgl.engine.weights_loading import hold_weights
+from prism_sgl.errors import SeamError
+
+SGLANG_VERSION = "0.5.17"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One hook: target, how, our function, and the parameter names of SGLang's own."""
+
+    target: str
+    kind: HookType
+    hook: Callable[..., Any]
+    parameters: tuple[str, ...]
+
+
+def _profile_available_bytes(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+    """The pool is as large as its ceiling, whatever happens to be free while the engine starts."""
+    return RuntimeMemory.current().kv_ceiling_bytes
+
+
+def _token_info(result: Any, observer: Any) -> Any:
+    """SGLang's leak check and metrics count the whole range; the lease is our own number (facts 3.5)."""
+    virtual = observer.token_to_kv_pool_allocator.virtual_available_size()
+    used = observer.max_total_num_tokens - virtual - result.full_evictable_size
+    return dataclasses.replace(
+        result,
+        full_available_size=virtual,
+        full_num_used=used,
+        full_token_usage=used / observer.max_total_num_tokens,
+    )
+
+
+def _load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    spec = RuntimeMemory.current().spec
+    refuse_unsupported_model(kwargs["model_config"], spec.model)
+    loaded = original(*args, **kwargs)
+    hold_weights(loaded.model, kwargs["server_args"])
+    return loaded
+
+
+def _next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
+    point = RuntimeMemory.current().safe_point
+    assert point is not None, "the scheduler runs before it is complete"
+    return point.next_batch(original, running_batch, last_batch)
+
+
+def _register_bell(result: Any, scheduler: Any) -> None:
+    """An idle engine sleeps in a poll; a neighbour's doorbell must wake it."""
+    scheduler.idle_sleeper.poller.register(RuntimeMemory.current().bell.fileno())
+
+
+def _retract_decode(original: Callable[..., Any], batch: Any, server_args: Any) -> Any:
+    """SGLang aborts the last request that does not fit; wait for our floor first, which holds it."""
+    point = RuntimeMemory.current().safe_point
+    assert point is not None
+    longest = max(len(r.origin_input_ids) + len(r.output_ids) for r in batch.reqs)
+    point.ensure_usable(longest + 3 * point.allocator.page_size)
+    return original(batch, server_args)
+
+
+def _init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """The engine is complete: bind it to its memory; the facts travel to the worker with SGLang's own answer."""
+    facts = sleep_wake.bind(scheduler)
+    return {**result, "prism": msgspec.to_builtins(facts)}
+
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_LOADING = "sglang.srt.model_executor.model_runner_components.load_model_utils"
+_OBSERVER = "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver"
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        f"{_CONFIGURATOR}._profile_available_bytes",
+        HookType.AROUND,
+        _profile_available_bytes,
+        ("self", "pre_model_load_memory"),
+    ),
+    Seam(f"{_OBSERVER}._get_token_info", HookType.AFTER, _token_info, ("self",)),
+    Seam(
+        f"{_LOADING}.load_model_with_memory_saver",
+        HookType.AROUND,
+        _load_model,
+        (
+            "server_args",
+            "model_config",
+            "load_config",
+            "device",
+            "gpu_id",
+            "memory_saver_adapter",
+            "is_draft_worker",
+        ),
+    ),
+    Seam(
+        f"{_SCHEDULER}.get_next_batch_to_run",
+        HookType.AROUND,
+        _next_batch,
+        ("self", "running_batch", "last_batch"),
+    ),
+    Seam(f"{_SCHEDULER}.init_idle_sleeper", HookType.AFTER, _register_bell, ("self",)),
+    Seam(f"{_SCHEDULER}.get_init_info", HookType.AFTER, _init_info, ("self",)),
+    Seam(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        HookType.AROUND,
+        _retract_decode,
+        ("self", "server_args"),
+    ),
+)
+
+# Methods of SGLang that we call and that are not public, with their parameters.
+CALLED: dict[str, tuple[str, ...]] = {
+    "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": ("self", "key", "child", "split_len"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf": ("self", "node"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache._record_remove_event": ("self", "node", "medium"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order": ("reqs", "server_args"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.release_req": (
+        "self",
+        "idx",
+        "remaing_req_count",
+        "server_args",
+    ),
+    f"{_SCHEDULER}.handle_rpc_request": ("self", "recv_req"),
+    f"{_SCHEDULER}.flush_cache": ("self", "empty_cache"),
+    f"{_SCHEDULER}.is_fully_idle": ("self", "for_health_check"),
+}
+
+# Set on Scheduler for its rpc (handle_rpc_request runs methods by name).
+RPC_METHODS: dict[str, Callable[..., None]] = {
+    "prism_sleep": sleep_wake.prism_sleep,
+    "prism_wake": sleep_wake.prism_wake,
+    "prism_quota": sleep_wake.prism_quota,
+}
+
+
+def register_hooks() -> None:
+    """Check every signature, then hand the hooks to SGLang's registry.
+
+    Raises:
+        SeamError: SGLang is of another version, or a method that we hook or call has changed.
+    """
+    check_signatures()
+    for seam in SEAMS:
+        HookRegistry.register(seam.target, seam.hook, seam.kind)
+    scheduler = pkgutil.resolve_name(_SCHEDULER)
+    for name, method in RPC_METHODS.items():
+        setattr(scheduler, name, method)
+
+
+def check_signatures() -> None:
+    """Every seam is as it was when this code was written, in SGLang as it is installed now."""
+    version = importlib.metadata.version("sglang")
+    if version != SGLANG_VERSION:
+        raise SeamError(f"SGLang {version} is installed; this release knows the seams of {SGLANG_VERSION} only")
+    expected = {seam.target: seam.parameters for seam in SEAMS} | CALLED
+    for target, parameters in expected.items():
+        if target in HookRegistry._patched:
+            continue
+        found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
+        if found != parameters:
+            raise SeamError(f"{target} takes {found}, expected {parameters}")
+
+
+def prove_hooks() -> None:
+    """Called in each SGLang process after its plugins are loaded: all hooks hold, or the process ends.
+
+    Raises:
+        SeamError: names what is missing.
+    """
+    missing = [seam.target for seam in SEAMS if seam.target not in HookRegistry._patched]
+    scheduler = pkgutil.resolve_name(_SCHEDULER)
+    missing += [name for name, method in RPC_METHODS.items() if getattr(scheduler, name, None) is not method]
+    if missing:
+        raise SeamError(f"hooks did not attach: {', '.join(missing)}; see SGLang's log above for the reason")

@@ -1,0 +1,248 @@
+"""SGLang's token allocators over an elastic pool: the free list holds only blocks on mapped pages.
+
+A block is ``block_tokens`` tokens (SGLang's ``page_size``), a page is the unit of mapping. Blocks are taken
+lowest first, so that the highest pages come free and can be given back; SGLang's stock list is a FIFO that
+walks through the whole range (srt/mem_cache/allocator/token.py). Freed blocks wait in ``release_pages`` and are
+sorted back only when the sorted part runs short or has fallen behind: a sort is not worth a decode step.
+
+The list lives on the device. Its length is known on the host without a sync; which page a block is on is
+learned only in a reclaim, which may sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.utils import get_num_new_pages
+
+from prism_sgl.allocator.elastic_pool import ElasticPool
+
+# Sort the freed blocks back once they are more than this part of the list.
+_MERGE_WHEN_RELEASED = 1 / 8
+
+
+class ElasticBlocks:
+    """What both allocators share: a free list that grows and shrinks with the mapped pages.
+
+    Invariant: free + released + used == usable blocks without block 0 (SGLang's padding sink).
+    """
+
+    size: int
+    page_size: int
+    device: str
+    free_pages: torch.Tensor
+    release_pages: torch.Tensor
+    _kvcache: Any
+    _usable: npt.NDArray[np.bool_]
+
+    if TYPE_CHECKING:
+
+        def merge_and_sort_free(self) -> None: ...  # SGLang's (allocator/base.py)
+
+    def init_elastic(self) -> None:
+        pages = self.elastic.pages
+        self._usable = np.zeros(pages.num_blocks, dtype=bool)
+        self._mark_usable(self.elastic.usable_ranges(), True)
+        page_ids = np.arange(pages.num_pages + 1, dtype=np.int64) * pages.page_bytes
+        # Blocks that touch page p: [first[p], last[p]).
+        self._first_block = np.minimum(page_ids[:-1] // pages.block_bytes, pages.num_blocks)
+        self._end_block = np.minimum(-(-page_ids[1:] // pages.block_bytes), pages.num_blocks)
+
+    @property
+    def elastic(self) -> ElasticPool:
+        pool: ElasticPool = self._kvcache.elastic
+        return pool
+
+    def clear(self) -> None:
+        """Every usable block is free again (SGLang calls this at start and in ``flush_cache``)."""
+        if not hasattr(self, "_usable"):
+            self.init_elastic()
+        self.free_pages = torch.from_numpy(self._usable_ids()).to(self.device)
+        self.release_pages = torch.empty((0,), dtype=torch.int64, device=self.device)
+        self.is_not_in_free_group = True
+        self.free_group: list[torch.Tensor] = []
+        self.free_page_reps_group: list[torch.Tensor] = []
+
+    def used_blocks(self) -> int:
+        return int(self._usable[1:].sum()) - len(self.free_pages) - len(self.release_pages)
+
+    def virtual_available_size(self) -> int:
+        """Tokens that would be free if the whole range were mapped: what SGLang's leak check counts with."""
+        num_blocks = self.size // self.page_size
+        return (num_blocks - self.used_blocks()) * self.page_size
+
+    def usable_tokens(self) -> int:
+        """Tokens on mapped pages, used or free."""
+        return int(self._usable[1:].sum()) * self.page_size
+
+    # -- growing and shrinking, at safe points only
+
+    def add_blocks(self, ranges: Sequence[range]) -> None:
+        """Pages were mapped: these blocks are usable now."""
+        self._mark_usable(ranges, True)
+        new = [np.arange(r.start, r.stop, dtype=np.int64) for r in ranges]
+        fresh = np.concatenate(new) if new else np.empty(0, dtype=np.int64)
+        fresh = fresh[fresh > 0]
+        merged = torch.cat((self.free_pages, torch.from_numpy(fresh).to(self.device)))
+        self.free_pages, _ = torch.sort(merged)
+
+    def tidy(self) -> None:
+        """Sort released blocks back when they have become many, so that low pages are filled first."""
+        if len(self.release_pages) > _MERGE_WHEN_RELEASED * len(self.free_pages):
+            self.merge_and_sort_free()
+
+    def blocks_in_use(self) -> npt.NDArray[np.bool_]:
+        """``[num_blocks]``: usable and not free (block 0 counts as used). Syncs with the device."""
+        used = self._usable.copy()
+        for ids in (self.free_pages, self.release_pages):
+            used[ids.cpu().numpy()] = False
+        if used.size:
+            used[0] = bool(self._usable[0])
+        return used
+
+    def used_per_page(self) -> npt.NDArray[np.int64]:
+        """``[num_pages]``: used blocks that touch each page."""
+        sums = np.concatenate(([0], np.cumsum(self.blocks_in_use(), dtype=np.int64)))
+        per_page: npt.NDArray[np.int64] = sums[self._end_block] - sums[self._first_block]
+        return per_page
+
+    def blocks_of_page(self, page: int) -> range:
+        return range(int(self._first_block[page]), int(self._end_block[page]))
+
+    def empty_pages(self) -> list[int]:
+        """Mapped pages that hold no used block, highest first (the order in which to give them back)."""
+        used = self.used_per_page()
+        return [p for p in sorted(self.elastic.pages.mapped_pages, reverse=True) if used[p] == 0]
+
+    def drop_pages(self, pages: Iterable[int]) -> int:
+        """Give these empty pages back to the device; returns how many."""
+        chosen = sorted(pages)
+        if not chosen:
+            return 0
+        gone = np.zeros(len(self._usable), dtype=bool)
+        for page in chosen:
+            gone[self._first_block[page] : self._end_block[page]] = True
+        self.merge_and_sort_free()
+        keep = torch.from_numpy(~gone).to(self.device)
+        # The list forgets the blocks before the memory goes: an unmapped block must never be handed out.
+        self.free_pages = self.free_pages[keep[self.free_pages]]
+        self._mark_usable(self.elastic.shrink(_runs(chosen)), False)
+        return len(chosen)
+
+    def drop_all(self) -> None:
+        """Sleep: no block is usable any more. Only when nothing is used."""
+        assert self.used_blocks() == 0, f"{self.used_blocks()} blocks are in use"
+        self.elastic.close_all()
+        self._usable[:] = False
+        self.clear()
+
+    def reopen(self) -> bool:
+        """Wake: block 0's page is mapped again. False on shortage."""
+        ranges = self.elastic.open()
+        if ranges is None:
+            return False
+        self.add_blocks(ranges)
+        return True
+
+    def check(self) -> None:
+        ids = torch.cat((self.free_pages, self.release_pages)).cpu().numpy()
+        assert len(np.unique(ids)) == len(ids), "a block is twice in the free list"
+        assert bool(self._usable[ids].all()), "a free block is on an unmapped page"
+        assert 0 not in ids, "the padding block is in the free list"
+        self.elastic.check()
+
+    def _usable_ids(self) -> npt.NDArray[np.int64]:
+        ids = np.flatnonzero(self._usable).astype(np.int64)
+        return ids[ids > 0]
+
+    def _mark_usable(self, ranges: Iterable[range], usable: bool) -> None:
+        for r in ranges:
+            self._usable[r.start : r.stop] = usable
+
+
+class ElasticTokenAllocator(ElasticBlocks, TokenToKVPoolAllocator):
+    """``block_tokens = 1``."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: str, kvcache: Any) -> None:
+        # need_sort: frees go to release_pages, which the parent merges only when the sorted part runs short.
+        super().__init__(size, dtype, device, kvcache, need_sort=True)
+
+
+class ElasticPagedAllocator(ElasticBlocks, PagedTokenToKVPoolAllocator):
+    """``block_tokens > 1``."""
+
+    def __init__(self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: Any) -> None:
+        super().__init__(size, page_size, dtype, device, kvcache, need_sort=True)
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        if self.device != "cpu":
+            return super().alloc_extend(  # type: ignore[no-any-return]
+                prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages
+            )
+        needed = get_num_new_pages(
+            seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
+        )
+        if needed > len(self.free_pages):
+            self.merge_and_sort_free()
+        if needed > len(self.free_pages):
+            return None
+        out = torch.empty((extend_num_tokens,), dtype=torch.int64)
+        # SGLang's own device-neutral twin of its Triton kernel (allocator/paged.py:45).
+        alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, out, self.page_size, self.device)
+        self.free_pages = self.free_pages[needed:]
+        return out
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self.device != "cpu":
+            return super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)  # type: ignore[no-any-return]
+        # A request whose new token is the first of a block takes a block; the others go on after last_loc.
+        opens_block = (seq_lens - 1) % self.page_size == 0
+        needed = int(opens_block.sum())
+        if needed > len(self.free_pages):
+            self.merge_and_sort_free()
+        if needed > len(self.free_pages):
+            return None
+        out: torch.Tensor = (last_loc + 1).to(torch.int64)
+        out[opens_block] = self.free_pages[:needed] * self.page_size
+        self.free_pages = self.free_pages[needed:]
+        return out
+
+
+ElasticAllocator = ElasticTokenAllocator | ElasticPagedAllocator
+
+
+def build_allocator(
+    size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool
+) -> ElasticAllocator:
+    """What ``get_paged_allocator_cls`` must answer (kv_cache_configurator.py:1470), for either block size."""
+    if page_size == 1:
+        return ElasticTokenAllocator(size, dtype, device, kvcache)
+    return ElasticPagedAllocator(size, page_size, dtype, device, kvcache)
+
+
+def _runs(pages: Sequence[int]) -> list[range]:
+    """Ascending page ids as runs of neighbours."""
+    runs: list[range] = []
+    for page in pages:
+        if runs and runs[-1].stop == page:
+            runs[-1] = range(runs[-1].start, page + 1)
+        else:
+            runs.append(range(page, page + 1))
+    return runs

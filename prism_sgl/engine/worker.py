@@ -1,0 +1,243 @@
+"""One runtime: an SGLang engine and its FastAPI app behind ZeroMQ, no TCP port of its own.
+
+The app runs in this process through ASGI (bridge.py), so every inference endpoint works unchanged. The router
+commands sleep, wake and quota; the scheduler process carries them out (control.py). Started by the standby,
+or by hand: ``python -m prism_sgl.engine.worker SPEC.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import uvloop
+import zmq
+import zmq.asyncio
+
+from prism_sgl import addresses, messages
+from prism_sgl.engine import spec as spec_channel
+from prism_sgl.errors import PrismError
+from prism_sgl.messages import (
+    AskHello,
+    Finished,
+    FirstToken,
+    Hello,
+    Load,
+    RuntimeSpec,
+    RuntimeState,
+    RuntimeToRouter,
+    SetQuota,
+    Sleep,
+    SleepRefused,
+    Slept,
+    Started,
+    Wake,
+    WakeFailed,
+    Woke,
+)
+
+log = logging.getLogger(__name__)
+
+_LOAD_EVERY_S = 0.25  # looked at; sent when changed
+_BEAT_EVERY_S = 1.0  # sent at least
+_WAKE_TIMEOUT_S = 5.0  # then the router frees room and asks again
+
+
+class PhaseLog:
+    """Seconds of each phase of the start, for the supervisor's progress lines (addresses.phases)."""
+
+    def __init__(self, spec: RuntimeSpec) -> None:
+        self._path = Path(addresses.phases(spec.run_dir, spec.runtime))
+        self._since = time.perf_counter()
+        self._began = self._since
+        self.seconds: dict[str, float] = {}
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._write(phase, now - self._since)
+        self._since = now
+
+    def ready(self) -> float:
+        total = time.perf_counter() - self._began
+        self._write("ready", total)
+        return total
+
+    def _write(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = seconds
+        with self._path.open("a") as file:
+            file.write(f"{phase} {seconds:.2f}\n")
+
+
+class Worker:
+    """Owns this runtime's state; everything happens on one loop."""
+
+    def __init__(self, spec: RuntimeSpec, phases: PhaseLog) -> None:
+        from prism_sgl.allocator.ledger import Ledger
+        from prism_sgl.engine.launching import start_engine
+
+        self.spec = spec
+        self.phases = phases
+        self.state = RuntimeState.STARTING
+        self.engine = start_engine(spec)
+        phases.done("engine")
+        phases.seconds |= self.engine.phases
+        self.ledger = Ledger.open(spec.ledger_path)
+        self.start_s = 0.0
+        self._undecodable = 0
+
+    async def run(self) -> None:
+        """Serve until SIGTERM."""
+        from prism_sgl.engine.bridge import AsgiBridge
+        from prism_sgl.engine.control import SchedulerControl
+        from prism_sgl.engine.launching import app_lifespan
+
+        stop = asyncio.Event()
+        async with app_lifespan(self.engine):
+            self.engine.tokenizer_manager.auto_create_handle_loop()
+            # SGLang's own handler drains in steps of five seconds; draining is the router's business here.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+            context = zmq.asyncio.Context()
+            self.router = context.socket(zmq.DEALER)
+            self.router.setsockopt(zmq.IDENTITY, self.spec.runtime.encode())
+            self.router.setsockopt(zmq.LINGER, 0)
+            self.router.setsockopt(zmq.SNDHWM, 0)
+            self.router.connect(addresses.router_for_runtimes(self.spec.run_dir))
+            self.control = SchedulerControl(self.engine.rpc_ipc_name)
+            self.bridge = AsgiBridge(self.engine.app, self.spec.runtime, self.spec.run_dir, self.report)
+            async with self.bridge:
+                self.state = RuntimeState.AWAKE
+                self.start_s = self.phases.ready()
+                self.report(self.hello())
+                tasks = [asyncio.create_task(self._obey()), asyncio.create_task(self._beat())]
+                stopped = asyncio.create_task(stop.wait())
+                await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task.done():
+                        task.result()  # a broken loop ends the runtime with its traceback
+
+    def report(self, message: RuntimeToRouter | Started | FirstToken | Finished) -> None:
+        # SNDHWM 0: never blocks; if the router is down, the events wait in the socket for the next one.
+        self.router.send(messages.encode(message), zmq.NOBLOCK)
+
+    def hello(self) -> Hello:
+        return Hello(
+            runtime=self.spec.runtime,
+            model=self.spec.model,
+            device=self.spec.device,
+            state=self.state,
+            facts=self.engine.facts,
+            running=self.bridge.running,
+            start_s=self.start_s,
+            phases=self.phases.seconds,
+        )
+
+    async def _obey(self) -> None:
+        """Commands of the router, one after the other."""
+        while True:
+            frame = await self.router.recv()
+            try:
+                command = messages.decode_router_to_runtime(frame)
+            except messages.DECODE_ERRORS:
+                self._undecodable += 1
+                log.warning("dropped a frame of %d bytes from the router", len(frame))
+                continue
+            match command:
+                case AskHello():
+                    self.report(self.hello())
+                case Sleep():
+                    await self._sleep()
+                case Wake():
+                    await self._wake()
+                case SetQuota(floor_bytes=floor, ceiling_bytes=ceiling):
+                    await self.control.set_quota(floor, ceiling)
+
+    async def _sleep(self) -> None:
+        from prism_sgl.engine.control import SchedulerCallError
+
+        runtime = self.spec.runtime
+        if self.bridge.running:
+            self.report(SleepRefused(runtime=runtime, reason="requests are being answered"))
+            return
+        try:
+            seconds = await self.control.sleep()
+        except SchedulerCallError as refusal:
+            self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
+        else:
+            self.state = RuntimeState.ASLEEP
+            self.report(Slept(runtime=runtime, seconds=seconds))
+
+    async def _wake(self) -> None:
+        from prism_sgl.engine.control import SchedulerCallError
+
+        runtime = self.spec.runtime
+        self.state = RuntimeState.WAKING
+        try:
+            seconds = await self.control.wake(_WAKE_TIMEOUT_S)
+        except SchedulerCallError as refusal:
+            self.state = RuntimeState.ASLEEP
+            reason = str(refusal)
+            self.report(WakeFailed(runtime=runtime, reason=reason, shortage=reason.startswith("shortage")))
+        else:
+            self.state = RuntimeState.AWAKE
+            self.report(Woke(runtime=runtime, seconds=seconds))
+
+    async def _beat(self) -> None:
+        """Tell the router what this runtime holds and wants, as the ledger has it."""
+        last: Load | None = None
+        sent_at = 0.0
+        while True:
+            load = self._load()
+            now = time.monotonic()
+            if load != last or now - sent_at >= _BEAT_EVERY_S:
+                self.report(load)
+                last, sent_at = load, now
+            await asyncio.sleep(_LOAD_EVERY_S)
+
+    def _load(self) -> Load:
+        from prism_sgl.allocator.vmm import GRANULE_BYTES
+
+        mine = next((o for o in self.ledger.owners() if o.name == self.spec.runtime and o.alive), None)
+        return Load(
+            runtime=self.spec.runtime,
+            state=self.state,
+            weights_bytes=mine.weights * GRANULE_BYTES if mine else 0,
+            kv_bytes=mine.kv * GRANULE_BYTES if mine else 0,
+            wanted_bytes=mine.wanted * GRANULE_BYTES if mine else 0,
+            in_flight=len(self.bridge.running),
+        )
+
+
+def serve(spec: RuntimeSpec) -> None:
+    """The whole life of a worker process. Returns at SIGTERM; SGLang's children die with us."""
+    logging.basicConfig(level=spec.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    os.environ.update(spec.env)
+    spec_channel.announce_spec(spec)
+    phases = PhaseLog(spec)
+    import sglang.srt.entrypoints.http_server  # noqa: F401  (25 s, unless the standby has paid it)
+
+    phases.done("imports")
+    try:
+        worker = Worker(spec, phases)
+    except PrismError as error:
+        # One line that the supervisor finds at the end of the log: this is the reason that clients read.
+        log.error("%s", error)
+        raise SystemExit(error.exit_code) from None
+    uvloop.run(worker.run())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m prism_sgl.engine.worker", description=__doc__)
+    parser.add_argument("spec", help="file with a RuntimeSpec as JSON")
+    arguments = parser.parse_args()
+    spec = messages.decode_runtime_spec(Path(arguments.spec).read_bytes())
+    spec_channel.announce_device_kind(spec.device_kind)
+    serve(spec)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""``python -m prism_sgl.launch --config models.toml [--check]``"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from prism_sgl import config
+from prism_sgl.errors import EXIT_OK, PrismError
+from prism_sgl.launch.banner import base_url
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="prism_sgl.launch", description="Serve the models of a models.toml."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the models.toml")
+    parser.add_argument("--check", action="store_true", help="only say whether the file is right")
+    given = parser.parse_args(arguments)
+    try:
+        if given.check:
+            checked = config.load(given.config)
+            print(f"{given.config}: {len(checked.models)} models at {base_url(checked)}; the file is right")
+            return EXIT_OK
+        from prism_sgl.launch import supervisor  # zmq and the ledger: not needed to check a file
+
+        return supervisor.run(given.config)
+    except PrismError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""One child process of the supervisor: in a session of its own, dead when we are, its end a future."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prism_sgl.launch import exec_child
+
+
+class Child:
+    """A running process. ``exited`` becomes its exit code (negative: killed by that signal)."""
+
+    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self.pid = popen.pid
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._popen = popen
+        self._pidfd = os.pidfd_open(popen.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if not self.exited.done():
+            self._popen.send_signal(number)
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        code = self._popen.wait()
+        if not self.exited.done():
+            self.exited.set_result(code)
+
+
+def start_child(
+    name: str, module: str, args: Sequence[str], *, env: Mapping[str, str], log: Path, fds: Sequence[int] = ()
+) -> Child:
+    """``python -m module args``. Only from the main thread: its end is what the death signal follows."""
+    # Its own session: ^C in the terminal reaches the supervisor alone, which then stops in order.
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as sink:
+        popen = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                exec_child.__file__,
+                str(os.getpid()),
+                sys.executable,
+                "-m",
+                module,
+                *args,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            pass_fds=tuple(fds),
+            start_new_session=True,
+        )
+    return Child(name, popen)
+
+
+def describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def last_error(log: Path) -> str:
+    """The line of a log's end that tells why its process ended; empty if none does."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (64 << 10)))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    telling = [line.strip() for line in lines if _tells(line)]
+    return telling[-1][:300] if telling else ""
+
+
+def _tells(line: str) -> bool:
+    # "prism_sgl.errors.SeamError: ...", "RuntimeError: ...", but not the indented source above them.
+    first = line.split(":", 1)[0]
+    return (
+        bool(line)
+        and not line[0].isspace()
+        and (
+            first.rsplit(".", 1)[-1].endswith(("Error", "Exception", "Exit", "Interrupt"))
+            or " ERROR " in line
+        )
+    )

@@ -1,0 +1,269 @@
+"""Weight images of all models, held open by the supervisor so that they outlive the runtimes.
+
+An image is a memfd. The first who asks for a key writes it, everybody after that maps the sealed copy.
+Runs in the supervisor's loop and never blocks it: memory is allocated in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from prism_sgl import addresses, machine
+from prism_sgl.messages import ImageReply, OpenImage, SealImage, decode_image_request, encode_json
+from prism_sgl.units import show_size
+
+_MAX_FRAME_BYTES = 1 << 16
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class _ImageState(enum.Enum):
+    ALLOCATING = "allocating"
+    WRITING = "writing"
+    SEALED = "sealed"
+
+
+class _Peer:
+    """One connection. ``fd`` is its identity: dead peers are dropped before their number can come again."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.alive = True
+
+    def send(self, reply: ImageReply, fds: list[int]) -> bool:
+        """False: the peer has gone or does not read."""
+        if not self.alive:
+            return False
+        try:
+            socket.send_fds(self.connection, [encode_json(reply)], fds)
+        except OSError:
+            return False
+        return True
+
+
+class _Image:
+    """ALLOCATING -> WRITING -> SEALED; ``writer`` is set in the first two."""
+
+    def __init__(self, key: str, name: str, size_bytes: int, writer: _Peer) -> None:
+        self.key = key
+        self.name = name
+        self.size_bytes = size_bytes
+        self.state = _ImageState.ALLOCATING
+        self.writer: _Peer | None = writer
+        self.waiting: list[_Peer] = []
+        self.fd = os.memfd_create(f"prism-image:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class ImageStore:
+    """Invariant: the sizes of all images, counted before they are allocated, never exceed ``cap_bytes``."""
+
+    def __init__(self, run_dir: str, cap_bytes: int, log: Callable[[str], None]) -> None:
+        self.cap_bytes = cap_bytes or machine.memory_bytes() // 2
+        self.num_undecodable = 0
+        self._path = Path(addresses.image_store(run_dir))
+        self._log = log
+        self._images: dict[str, _Image] = {}
+        self._peers: set[_Peer] = set()
+        self._allocations: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    def start(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        self._listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        self._listener.listen(64)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def close(self) -> None:
+        """Drop all images: their memory comes back when the last runtime has unmapped them."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+            self._path.unlink(missing_ok=True)
+        for task in self._allocations:
+            task.cancel()
+        for peer in list(self._peers):
+            self._close_peer(peer)
+        for image in self._images.values():
+            if image.state is not _ImageState.ALLOCATING:  # else its thread still uses the descriptor
+                image.close()
+        self._images.clear()
+
+    def held_bytes(self) -> int:
+        return sum(image.size_bytes for image in self._images.values())
+
+    def check(self) -> None:
+        assert self.held_bytes() <= self.cap_bytes
+        for key, image in self._images.items():
+            assert image.key == key
+            assert (image.writer is None) == (image.state is _ImageState.SEALED)
+            assert not (image.waiting and image.state is _ImageState.SEALED)
+            assert image.writer not in image.waiting
+            assert all(peer in self._peers for peer in image.waiting)
+
+    # ------------------------------------------------------------ connections
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid != os.getuid():
+            self._log(f"images: refused a connection of user {uid}")
+            connection.close()
+            return
+        connection.setblocking(False)
+        peer = _Peer(connection)
+        self._peers.add(peer)
+        asyncio.get_running_loop().add_reader(connection, self._receive, peer)
+
+    def _receive(self, peer: _Peer) -> None:
+        try:
+            frame = peer.connection.recv(_MAX_FRAME_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            frame = b""
+        if not frame:
+            self._drop_peer(peer)
+            return
+        try:
+            request = decode_image_request(frame)
+        except msgspec.MsgspecError:
+            self.num_undecodable += 1
+            self._drop_peer(peer)
+            return
+        match request:
+            case OpenImage():
+                self._open(peer, request)
+            case SealImage():
+                self._seal(peer, request.key)
+
+    def _drop_peer(self, peer: _Peer) -> None:
+        """It closed: what it was writing is dropped, and whoever waits for that writes it anew."""
+        self._close_peer(peer)
+        for image in list(self._images.values()):
+            if peer in image.waiting:
+                image.waiting.remove(peer)
+            elif image.writer is peer and image.state is _ImageState.WRITING:
+                self._abandon(image, "its writer has gone")
+            # While it is allocated the thread has the descriptor: _allocate looks at the writer afterwards.
+
+    def _close_peer(self, peer: _Peer) -> None:
+        if peer.alive:
+            peer.alive = False
+            asyncio.get_running_loop().remove_reader(peer.connection)
+            peer.connection.close()
+            self._peers.discard(peer)
+
+    # ------------------------------------------------------------ images
+
+    def _open(self, peer: _Peer, request: OpenImage) -> None:
+        image = self._images.get(request.key)
+        if image is None:
+            self._create(peer, request)
+        elif image.size_bytes != request.size_bytes:
+            self._refuse(peer, f"the image has {image.size_bytes} bytes, not {request.size_bytes}")
+        elif image.state is _ImageState.SEALED:
+            self._reply(peer, ImageReply(status="ready"), [image.fd])
+        elif image.writer is peer or peer in image.waiting:
+            self._refuse(peer, "asked for already on this connection")
+        else:
+            image.waiting.append(peer)
+
+    def _create(self, peer: _Peer, request: OpenImage) -> None:
+        if request.size_bytes <= 0:
+            self._refuse(peer, f"an image cannot have {request.size_bytes} bytes")
+            return
+        free = self.cap_bytes - self.held_bytes()
+        if request.size_bytes > free:
+            self._refuse(
+                peer,
+                f"host_cache is full: {show_size(request.size_bytes)} asked for, {show_size(free)} of "
+                f"{show_size(self.cap_bytes)} free; raise host_cache in [memory]",
+            )
+            return
+        try:
+            image = _Image(request.key, request.name, request.size_bytes, peer)
+        except OSError as error:
+            self._refuse(peer, f"memfd_create failed: {error.strerror}")
+            return
+        self._images[request.key] = image
+        task = asyncio.create_task(self._allocate(image))
+        self._allocations.add(task)
+        task.add_done_callback(self._allocations.discard)
+
+    async def _allocate(self, image: _Image) -> None:
+        # All of it now: a hole filled later, when memory has run out, would be a SIGBUS in the writer.
+        work = asyncio.get_running_loop().run_in_executor(
+            None, os.posix_fallocate, image.fd, 0, image.size_bytes
+        )
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: image.close())
+            raise
+        except OSError as error:
+            self._remove(image)
+            reason = f"no host memory for {show_size(image.size_bytes)}: {error.strerror}"
+            for peer in (image.writer, *image.waiting):
+                if peer is not None:
+                    self._refuse(peer, reason)
+            return
+        image.state = _ImageState.WRITING
+        if image.writer is None or not image.writer.send(ImageReply(status="new"), [image.fd]):
+            self._abandon(image, "its writer has gone")
+
+    def _seal(self, peer: _Peer, key: str) -> None:
+        image = self._images.get(key)
+        if image is None or image.writer is not peer or image.state is not _ImageState.WRITING:
+            self._refuse(peer, "not the writer of this image")
+            return
+        try:
+            fcntl.fcntl(image.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:  # EBUSY: somebody could still change what others will trust
+            self._refuse(peer, f"cannot be sealed ({error.strerror}): unmap every writable mapping first")
+            return
+        image.state = _ImageState.SEALED
+        image.writer = None
+        waiting, image.waiting = image.waiting, []
+        self._log(
+            f"images: {image.name} sealed, {show_size(image.size_bytes)} (all {show_size(self.held_bytes())})"
+        )
+        self._reply(peer, ImageReply(status="sealed"), [])
+        for other in waiting:
+            self._reply(other, ImageReply(status="ready"), [image.fd])
+
+    def _abandon(self, image: _Image, reason: str) -> None:
+        self._remove(image)
+        self._log(f"images: {image.name} dropped before it was sealed ({reason})")
+        waiting = [peer for peer in image.waiting if peer.alive]
+        for peer in waiting:
+            self._open(peer, OpenImage(key=image.key, size_bytes=image.size_bytes, name=image.name))
+
+    def _remove(self, image: _Image) -> None:
+        del self._images[image.key]
+        image.close()
+
+    def _refuse(self, peer: _Peer, reason: str) -> None:
+        self._reply(peer, ImageReply(status="refused", reason=reason), [])
+
+    def _reply(self, peer: _Peer, reply: ImageReply, fds: list[int]) -> None:
+        if not peer.send(reply, fds):
+            self._drop_peer(peer)

@@ -1,0 +1,96 @@
+"""A process that shall always run: the router, an api_server, a standby. Started again when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from signal import SIGKILL, Signals
+
+from prism_sgl.launch.backoff import Backoff
+from prism_sgl.launch.children import Child, describe_exit, last_error
+from prism_sgl.launch.progress import Progress
+from prism_sgl.launch.run_dir import RunDir
+
+
+class Service:
+    """Keeps one process alive until ``stop``.
+
+    ``start`` starts it; ``gone`` is awaited after each end, before the next start, so that what hung on the
+    dead process is settled first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Child],
+        gone: Callable[[str], Awaitable[None]],
+        *,
+        run_dir: RunDir,
+        progress: Progress,
+        log: Path,
+    ) -> None:
+        self.name = name
+        self.child: Child | None = None
+        self.num_restarts = 0
+        self._start = start
+        self._gone = gone
+        self._run_dir = run_dir
+        self._progress = progress
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._launch()
+        self._task = asyncio.create_task(self._keep())
+
+    def send_signal(self, number: Signals) -> None:
+        if self.child is not None:
+            self.child.send_signal(number)
+
+    async def stop(self, number: Signals, within_s: float) -> None:
+        """Ask it to end; kill it when it has not by then."""
+        self._stopping.set()
+        if self._task is None:
+            return
+        self.send_signal(number)
+        done, _ = await asyncio.wait({self._task}, timeout=within_s)
+        if not done:
+            self._progress.line(f"{self.name}: did not stop within {within_s:g} s, killed")
+            self.send_signal(SIGKILL)
+            await self._task
+
+    def drop(self) -> None:
+        """No more restarts; the process itself is ended by whoever calls."""
+        self._stopping.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _launch(self) -> None:
+        self.child = self._start()
+        self._run_dir.record(self.child.pid, self.name)
+
+    async def _keep(self) -> None:
+        backoff = Backoff()
+        while True:
+            assert self.child is not None
+            child, began = self.child, time.monotonic()
+            code = await asyncio.shield(child.exited)
+            self._run_dir.forget(child.pid)
+            if self._stopping.is_set():
+                return
+            reason = describe_exit(code)
+            if code >= 0 and (error := last_error(self._log)):
+                reason += f": {error}"
+            await self._gone(reason)
+            wait_s = backoff.after(time.monotonic() - began)
+            self._progress.line(f"{self.name}: ended ({reason}); starts again in {wait_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            if self._stopping.is_set():
+                return
+            self.num_restarts += 1
+            self._launch()

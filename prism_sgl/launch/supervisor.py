@@ -1,0 +1,336 @@
+"""The first process of an instance: starts all others, starts them again when they end, ends them all.
+
+It takes no request and knows no policy. The router says which runtimes shall live; the supervisor has their
+standbys start and kill workers, and tells the router when one is gone with all its processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from prism_sgl.allocator.ledger import Ledger
+from prism_sgl.config import Config, DeviceConfig, load, log_dir, run_dir
+from prism_sgl.errors import EXIT_OK
+from prism_sgl.launch.banner import ready_lines
+from prism_sgl.launch.children import Child, describe_exit, last_error, start_child
+from prism_sgl.launch.image_store import ImageStore
+from prism_sgl.launch.listen import listen
+from prism_sgl.launch.processes import end_sessions
+from prism_sgl.launch.progress import Progress
+from prism_sgl.launch.router_link import RouterLink
+from prism_sgl.launch.run_dir import RunDir
+from prism_sgl.launch.runtimes import Runtime, build_spec, remove_files
+from prism_sgl.launch.service import Service
+from prism_sgl.launch.standby import StandbyLink, private_environment
+from prism_sgl.messages import (
+    Introduce,
+    RouterToSupervisor,
+    RuntimeExited,
+    RuntimeId,
+    Spawned,
+    StandbyReady,
+    StandbyToSupervisor,
+    StartRuntime,
+    StopRuntime,
+    SupervisorHello,
+    WorkerExited,
+)
+from prism_sgl.units import show_size
+
+_KILL_GRACE_S = 5.0
+_SERVICE_GRACE_S = 3.0
+_POLL_PHASES_S = 0.5
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Module names of the processes, so that a test can put small ones in their place."""
+
+    router: str = "prism_sgl.launch.router"
+    api_server: str = "prism_sgl.launch.api_server"
+    standby: str = "prism_sgl.engine.standby"
+
+
+def run(config_path: str, *, programs: Programs | None = None, out: TextIO = sys.stdout) -> int:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError or PortInUseError before anything is started."""
+    config = load(config_path)
+    with listen(config.server.host, config.server.port, file=config.file) as listener:
+        directory = RunDir(run_dir(config), config.server.port)
+        directory.acquire()
+        try:
+            supervisor = Supervisor(config, listener, directory, programs or Programs(), Progress(out))
+            return asyncio.run(supervisor.serve())
+        finally:
+            directory.end_all()
+            directory.remove()
+
+
+class Supervisor:
+    """Owns the processes of one instance. All of its state is touched by its one loop only."""
+
+    def __init__(
+        self,
+        config: Config,
+        listener: socket.socket,
+        directory: RunDir,
+        programs: Programs,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._listener = listener
+        self._directory = directory
+        self._programs = programs
+        self._progress = progress
+        self._env = private_environment(directory.path)
+        self._log_dir = Path(log_dir(config))
+        self._runtimes: dict[RuntimeId, Runtime] = {}
+        self._standbys: dict[str, StandbyLink] = {}
+        self._services: list[Service] = []
+        # What shall be up before the ready lines are printed; a model that failed is not waited for.
+        self._awaited = {model.name: "" for model in config.models.values() if model.preload}
+        self._signals = 0
+        self._stop = asyncio.Event()
+        self._stop_at_once = asyncio.Event()
+        self._none_left = asyncio.Event()
+
+    async def serve(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        self._link = RouterLink(str(self._directory.path), self._on_router)
+        self._images = ImageStore(
+            str(self._directory.path), self._config.memory.host_cache_bytes, self._progress.line
+        )
+        try:
+            self._start()
+            ticker = asyncio.create_task(self._tick())
+            await self._stop.wait()
+            await self._stop_in_order()
+            ticker.cancel()
+        finally:
+            for service in self._services:
+                service.drop()
+            await asyncio.to_thread(self._directory.end_all)
+            for standby in self._standbys.values():
+                standby.close()
+            self._images.close()
+            self._link.close()
+        self._progress.line("stopped")
+        return EXIT_OK
+
+    # ------------------------------------------------------------ start
+
+    def _start(self) -> None:
+        config, directory = self._config, self._directory
+        self._progress.line(
+            f"prism_sgl serves {', '.join(config.models)} on "
+            + ", ".join(f"{d.name} ({d.kind}, {show_size(d.memory_bytes)})" for d in config.devices)
+        )
+        for left in directory.swept:
+            self._progress.line(f"removed {left}, left by an instance that was killed")
+        self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A copy, so that a router that starts again reads what this instance was started with.
+        snapshot = directory.path / "models.toml"
+        snapshot.write_bytes(Path(config.file).expanduser().read_bytes())
+        snapshot.chmod(0o600)
+        for device in config.devices:
+            Ledger.create(directory.ledger_path(device.name), device.memory_bytes, device.name)
+        self._images.start()
+        for device in config.devices:
+            self._start_standby(device)
+        arguments = ["--config", str(snapshot), "--run-dir", str(directory.path)]
+        self._keep("router", lambda: self._start_router(arguments))
+        ledgers = ",".join(f"{d.name}={directory.ledger_path(d.name)}" for d in config.devices)
+        fd = self._listener.fileno()
+        for_api = [*arguments, "--fd", str(fd), "--ledgers", ledgers]
+        self._api = self._keep(
+            "api_server", lambda: self._child("api_server", self._programs.api_server, for_api, fds=[fd])
+        )
+
+    def _start_router(self, arguments: list[str]) -> Child:
+        child = self._child("router", self._programs.router, arguments)
+        self._link.connect()
+        self._say_hello()
+        return child
+
+    def _start_standby(self, device: DeviceConfig) -> None:
+        link = self._standbys[device.name] = StandbyLink(device, self._on_standby)
+        name = f"standby-{device.name}"
+        log = self._log_dir / f"{name}.log"
+
+        async def gone(reason: str) -> None:
+            link.close()
+            await self._lose_runtimes(device, f"its standby ended ({reason})")
+
+        service = Service(
+            name,
+            lambda: link.start(self._programs.standby, env=self._env, log=log),
+            gone,
+            run_dir=self._directory,
+            progress=self._progress,
+            log=log,
+        )
+        self._services.append(service)
+        service.begin()
+
+    def _keep(self, name: str, start: Callable[[], Child]) -> Service:
+        async def gone(reason: str) -> None:
+            return None
+
+        service = Service(
+            name,
+            start,
+            gone,
+            run_dir=self._directory,
+            progress=self._progress,
+            log=self._log_dir / f"{name}.log",
+        )
+        self._services.append(service)
+        service.begin()
+        return service
+
+    def _child(self, name: str, module: str, arguments: list[str], fds: Sequence[int] = ()) -> Child:
+        return start_child(name, module, arguments, env=self._env, log=self._log_dir / f"{name}.log", fds=fds)
+
+    # ------------------------------------------------------------ messages
+
+    def _say_hello(self) -> None:
+        self._link.send(SupervisorHello(alive=list(self._runtimes)))
+
+    def _on_router(self, message: RouterToSupervisor) -> None:
+        match message:
+            case Introduce():
+                self._say_hello()
+            case StartRuntime():
+                self._start_runtime(message)
+            case StopRuntime():
+                self._stop_runtime(message.runtime, message.reason)
+
+    def _start_runtime(self, wanted: StartRuntime) -> None:
+        if wanted.runtime in self._runtimes or self._stop.is_set():
+            return
+        model = self._config.models.get(wanted.model)
+        device = next((d for d in self._config.devices if d.name == wanted.device), None)
+        if model is None or device is None:
+            reason = f"no model {wanted.model} or no device {wanted.device} in {self._config.file}"
+            self._link.send(RuntimeExited(runtime=wanted.runtime, reason=reason))
+            return
+        ledger_path = self._directory.ledger_path(device.name)
+        spec = build_spec(self._config, wanted.runtime, model, device, self._directory.path, ledger_path)
+        self._runtimes[wanted.runtime] = Runtime(spec)
+        self._progress.line(f"{wanted.runtime}: starts")
+        self._progress.watch(spec.run_dir, wanted.runtime)
+        self._standbys[device.name].spawn(spec)
+
+    def _stop_runtime(self, name: RuntimeId, reason: str) -> None:
+        runtime = self._runtimes.get(name)
+        if runtime is None:
+            self._link.send(RuntimeExited(runtime=name, reason="was not running", expected=True))
+        elif runtime.kill_reason is None:
+            runtime.kill_reason = reason
+            self._progress.line(f"{name}: stops ({reason})")
+            self._standbys[runtime.spec.device].kill(name, _KILL_GRACE_S)
+
+    def _on_standby(self, device: DeviceConfig, message: StandbyToSupervisor) -> None:
+        match message:
+            case StandbyReady():
+                self._progress.line(f"standby-{device.name}: imports {message.seconds:.1f} s")
+            case Spawned():
+                self._directory.record(message.pid, str(message.runtime))
+                if runtime := self._runtimes.get(message.runtime):
+                    runtime.pid = message.pid
+            case WorkerExited():
+                self._directory.forget(message.pid)
+                if runtime := self._runtimes.get(message.runtime):
+                    reason = describe_exit(message.exit_code)
+                    if error := last_error(Path(runtime.spec.log_path)):
+                        reason += f": {error}"
+                    self._lose(runtime, reason)
+
+    async def _lose_runtimes(self, device: DeviceConfig, reason: str) -> None:
+        lost = [runtime for runtime in self._runtimes.values() if runtime.spec.device == device.name]
+        pids = [runtime.pid for runtime in lost if runtime.pid is not None]
+        await asyncio.to_thread(end_sessions, pids)
+        for runtime in lost:
+            if runtime.pid is not None:
+                self._directory.forget(runtime.pid)
+            self._lose(runtime, reason)
+
+    def _lose(self, runtime: Runtime, reason: str) -> None:
+        spec, expected = runtime.spec, runtime.kill_reason is not None
+        self._runtimes.pop(spec.runtime, None)
+        self._progress.forget(spec.runtime)
+        remove_files(spec)
+        self._progress.line(f"{spec.runtime}: ended ({runtime.kill_reason or reason})")
+        self._link.send(RuntimeExited(runtime=spec.runtime, reason=reason, expected=expected))
+        if not runtime.ready and not expected:
+            self._settle(spec.model, f"failed: {reason}")
+        if not self._runtimes:
+            self._none_left.set()
+
+    # ------------------------------------------------------------ ready
+
+    async def _tick(self) -> None:
+        if not self._awaited:
+            self._print_ready()
+        while True:
+            for name in self._progress.poll():
+                if runtime := self._runtimes.get(name):
+                    runtime.ready = True
+                    self._settle(runtime.spec.model, f"ready on {runtime.spec.device}")
+            await asyncio.sleep(_POLL_PHASES_S)
+
+    def _settle(self, model: str, state: str) -> None:
+        if self._awaited.get(model) == "":
+            self._awaited[model] = state
+            if all(self._awaited.values()):
+                self._print_ready()
+
+    def _print_ready(self) -> None:
+        self._progress.line(f"ready in {self._progress.elapsed_s():.1f} s")
+        for line in ready_lines(self._config, self._awaited):
+            self._progress.text(line)
+
+    # ------------------------------------------------------------ stop
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._progress.line(
+                "stopping: answers under way are finished first; a second signal stops at once"
+            )
+            self._stop.set()
+        else:
+            self._stop_at_once.set()
+
+    async def _stop_in_order(self) -> None:
+        ordered = asyncio.create_task(self._drain_and_kill())
+        at_once = asyncio.create_task(self._stop_at_once.wait())
+        await asyncio.wait({ordered, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (ordered, at_once):
+            task.cancel()
+        await asyncio.gather(ordered, at_once, return_exceptions=True)
+
+    async def _drain_and_kill(self) -> None:
+        self._listener.close()
+        # The router stays: requests under way may still need its grants.
+        await self._api.stop(signal.SIGTERM, self._config.server.drain_timeout_s)
+        for runtime in list(self._runtimes):
+            self._stop_runtime(runtime, "the server stops")
+        if self._runtimes:
+            self._none_left.clear()
+            try:
+                await asyncio.wait_for(self._none_left.wait(), _KILL_GRACE_S + _SERVICE_GRACE_S)
+            except TimeoutError:
+                self._progress.line(f"{', '.join(self._runtimes)}: did not stop in time, killed")
+        for standby in self._standbys.values():
+            standby.close()  # which is how a standby learns that it shall end
+        rest = [service for service in self._services if service is not self._api]
+        await asyncio.gather(*(service.stop(signal.SIGTERM, _SERVICE_GRACE_S) for service in rest))

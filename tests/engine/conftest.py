@@ -1,0 +1,62 @@
+"""One running system for all tests of this folder: starting SGLang costs most of a minute."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.reference import MODEL_PATH
+from tests.engine.system import System
+
+# float32: greedy tokens then do not depend on how requests are batched. A token takes 45 KiB of KV, weights
+# 513 MiB. chat's blocks are single tokens, code's are of 16. Room for both awake, and 96 MiB of KV more than
+# both floors: neither can have its ceiling while the other has much.
+CONFIG = """
+[server]
+port = {port}
+run_dir = "{run_dir}"
+log_dir = "{log_dir}"
+drain_timeout = "2s"
+[scheduler]
+min_residence = "0s"
+[memory]
+weights_page = "2MiB"
+[[devices]]
+name = "host0"
+kind = "host"
+memory = "1248MiB"
+[models.chat]
+path = "{path}"
+aliases = ["small"]
+max_kv = "160MiB"
+engine_args = {{ context_length = 1024, dtype = "float32", chunked_prefill_size = 256, max_running_requests = 16 }}
+[models.code]
+path = "{path}"
+block_tokens = 16
+max_kv = "160MiB"
+engine_args = {{ context_length = 1024, dtype = "float32", chunked_prefill_size = 256, max_running_requests = 16 }}
+"""
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    if not (MODEL_PATH / "config.json").exists():
+        pytest.fail("no SmolLM2; run `make model`")
+    folder = tmp_path_factory.mktemp("system")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = Path(folder / "models.toml")
+    run_dir, log_dir = folder / "run", folder / "logs"
+    config.write_text(CONFIG.format(port=port, run_dir=run_dir, log_dir=log_dir, path=MODEL_PATH))
+    running = System(config, run_dir, log_dir, port)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()
+        if running.process.returncode:
+            print("\n".join(running.lines))

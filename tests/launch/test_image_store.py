@@ -1,0 +1,216 @@
+"""The image store in a loop of its own thread, asked by real processes and over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prism_sgl import addresses
+from prism_sgl.launch.image_store import ImageStore
+from prism_sgl.messages import ImageReply, OpenImage, SealImage, decode_image_reply, encode_json
+
+MIB = 1 << 20
+CAP = 8 * MIB
+
+
+class RunningStore:
+    """The store's loop runs in a thread, as the tests block on sockets."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.lines: list[str] = []
+        self.loop = asyncio.new_event_loop()
+        self.store = ImageStore(run_dir, CAP, self.lines.append)
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.call(self.store.start)
+
+    def call(self, function: object) -> object:
+        async def run() -> object:
+            return function()  # type: ignore[operator]
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30)
+
+    def check(self) -> None:
+        self.call(self.store.check)
+
+    def end(self) -> None:
+        self.call(self.store.close)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def connect(self) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.settimeout(30)
+        client.connect(addresses.image_store(self.run_dir))
+        return client
+
+
+@pytest.fixture
+def store() -> Iterator[RunningStore]:
+    with tempfile.TemporaryDirectory(prefix="prism-") as run_dir:
+        running = RunningStore(run_dir)
+        yield running
+        running.check()
+        running.end()
+        assert not os.listdir(run_dir)
+
+
+def send(client: socket.socket, key: str, size_bytes: int) -> None:
+    client.send(encode_json(OpenImage(key=key, size_bytes=size_bytes, name="chat")))
+
+
+def receive(client: socket.socket) -> tuple[ImageReply, int]:
+    frame, fds, _, _ = socket.recv_fds(client, 4096, 1)
+    return decode_image_reply(frame), fds[0] if fds else -1
+
+
+def ask(client: socket.socket, key: str, size_bytes: int) -> tuple[ImageReply, int]:
+    send(client, key, size_bytes)
+    return receive(client)
+
+
+def seal(client: socket.socket, key: str) -> ImageReply:
+    client.send(encode_json(SealImage(key=key)))
+    return receive(client)[0]
+
+
+def write_image(store: RunningStore, key: str, size_bytes: int) -> None:
+    with store.connect() as client:
+        reply, fd = ask(client, key, size_bytes)
+        assert reply.status == "new"
+        os.pwrite(fd, b"weights", 0)
+        os.close(fd)
+        assert seal(client, key).status == "sealed"
+
+
+def is_waiting(store: RunningStore, key: str, num: int) -> bool:
+    return len(store.store._images[key].waiting) == num
+
+
+def test_first_asker_writes_and_the_second_gets_the_sealed_copy(store: RunningStore) -> None:
+    write_image(store, "k", 2 * MIB)
+    with store.connect() as client:
+        reply, fd = ask(client, "k", 2 * MIB)
+        assert reply.status == "ready"
+        assert os.pread(fd, 7, 0) == b"weights"
+        assert os.fstat(fd).st_size == 2 * MIB
+        with pytest.raises(OSError):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(OSError):
+            os.ftruncate(fd, 0)
+        with pytest.raises(OSError):
+            mmap.mmap(fd, 2 * MIB)  # shared and writable
+        os.close(fd)
+
+
+def test_memory_is_there_before_the_writer_gets_it(store: RunningStore) -> None:
+    with store.connect() as client:
+        _, fd = ask(client, "k", 2 * MIB)
+        assert os.fstat(fd).st_blocks * 512 == 2 * MIB
+        os.close(fd)
+
+
+def test_asker_waits_while_another_writes(store: RunningStore) -> None:
+    with store.connect() as writer, store.connect() as reader:
+        _, fd = ask(writer, "k", MIB)
+        send(reader, "k", MIB)
+        # A second connection's answer shows that the store has read what was sent before it.
+        assert ask(store.connect(), "other", 0)[0].status == "refused"
+        assert store.call(lambda: is_waiting(store, "k", 1))
+        os.close(fd)
+        assert seal(writer, "k").status == "sealed"
+        reply, fd = receive(reader)
+        assert reply.status == "ready"
+        os.close(fd)
+
+
+def test_killed_writer_is_followed_by_the_one_who_waits(store: RunningStore) -> None:
+    code = (
+        "import os, socket, sys, time\n"
+        "from prism_sgl.messages import OpenImage, encode_json\n"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])\n"
+        "s.send(encode_json(OpenImage(key='k', size_bytes=1 << 20, name='chat')))\n"
+        "frame, fds, _, _ = socket.recv_fds(s, 4096, 1)\n"
+        "os.pwrite(fds[0], b'half', 0); print('writing', flush=True); sys.stdin.read()\n"
+    )
+    address = addresses.image_store(store.run_dir)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        with store.connect() as heir:
+            send(heir, "k", MIB)
+            writer.send_signal(signal.SIGKILL)
+            reply, fd = receive(heir)
+            assert reply.status == "new"
+            assert os.pread(fd, 4, 0) == bytes(4)  # nothing of the dropped one
+            os.close(fd)
+            assert seal(heir, "k").status == "sealed"
+    assert any("its writer has gone" in line for line in store.lines)
+
+
+def test_seal_is_refused_while_a_writable_mapping_is_left(store: RunningStore) -> None:
+    with store.connect() as client:
+        _, fd = ask(client, "k", MIB)
+        mapping = mmap.mmap(fd, MIB)
+        reply = seal(client, "k")
+        assert (reply.status, "unmap every writable mapping" in reply.reason) == ("refused", True)
+        mapping.close()
+        assert seal(client, "k").status == "sealed"
+        os.close(fd)
+
+
+def test_other_size_of_a_known_key_is_refused(store: RunningStore) -> None:
+    write_image(store, "k", MIB)
+    with store.connect() as client:
+        reply, _ = ask(client, "k", 2 * MIB)
+        assert reply == ImageReply(status="refused", reason=f"the image has {MIB} bytes, not {2 * MIB}")
+
+
+def test_cap_counts_sealed_and_unsealed_images(store: RunningStore) -> None:
+    write_image(store, "a", 4 * MIB)
+    with store.connect() as client:
+        assert ask(client, "b", 3 * MIB)[0].status == "new"
+        reply, _ = ask(client, "c", 2 * MIB)
+        assert reply.status == "refused"
+        assert (
+            reply.reason
+            == "host_cache is full: 2MiB asked for, 1MiB of 8MiB free; raise host_cache in [memory]"
+        )
+    with store.connect() as client:  # the unsealed one was dropped with its connection
+        assert ask(client, "c", 4 * MIB)[0].status == "new"
+
+
+def test_only_the_writer_can_seal(store: RunningStore) -> None:
+    with store.connect() as writer, store.connect() as other:
+        _, fd = ask(writer, "k", MIB)
+        os.close(fd)
+        assert seal(other, "k").reason == "not the writer of this image"
+        assert seal(writer, "unknown").reason == "not the writer of this image"
+        assert seal(writer, "k").status == "sealed"
+
+
+def test_undecodable_frame_ends_only_its_connection(store: RunningStore) -> None:
+    with store.connect() as bad, store.connect() as good:
+        bad.send(b"{]")
+        assert bad.recv(100) == b""
+        assert ask(good, "k", MIB)[0].status == "new"
+    assert store.store.num_undecodable == 1
+
+
+def test_socket_is_private(store: RunningStore) -> None:
+    assert Path(addresses.image_store(store.run_dir)).stat().st_mode & 0o777 == 0o600
