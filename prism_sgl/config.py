@@ -272,20 +272,17 @@ def _env(table: Table) -> dict[str, str]:
 
 
 def _facts(table: Table, path: str, engine_args: dict[str, object]) -> ModelFacts:
+    remedy = "give the folder of the model's files"
     if not os.path.exists(path):
         if _HUB_ID.fullmatch(path):
             return ModelFacts()  # SGLang downloads it; until then nothing is known of it
-        table.fail(
-            "path", f"is {show_value(path)}, which does not exist", "give the folder of the model's files"
-        )
+        table.fail("path", f'is "{path}", which does not exist', remedy)
     if os.path.isdir(path) and not os.path.isfile(f"{path}/config.json"):
-        table.fail(
-            "path", f"is {show_value(path)}, which has no config.json", "give the folder of the model's files"
-        )
+        table.fail("path", f'is "{path}", which has no config.json', remedy)
     try:
         return read_facts(Path(path), engine_args)
     except (ValueError, OSError) as error:
-        table.fail("path", f"is {show_value(path)}, whose {error}", "fetch the model again")
+        table.fail("path", f'is "{path}", whose {error}', "fetch the model again")
 
 
 def _path(written: str) -> str:

@@ -23,7 +23,9 @@ class ImageRefusedError(PrismError):
     """The store has no room for this image, or another of this key."""
 
 
-def image_key(path: str, *, dtype: str, quantization: str | None, rank: int, sizes_bytes: Sequence[int]) -> str:
+def image_key(
+    path: str, *, dtype: str, quantization: str | None, rank: int, sizes_bytes: Sequence[int]
+) -> str:
     """Names the bytes of an image: weights, dtype, quantisation, rank and layout, not the model's name."""
     digest = hashlib.sha256()
     folder = Path(path)
@@ -38,7 +40,9 @@ def image_key(path: str, *, dtype: str, quantization: str | None, rank: int, siz
     return digest.hexdigest()
 
 
-def fetch_image(run_dir: str, key: str, size_bytes: int, name: str, fill: Callable[[memoryview], None]) -> Image:
+def fetch_image(
+    run_dir: str, key: str, size_bytes: int, name: str, fill: Callable[[memoryview], None]
+) -> Image:
     """The sealed image of ``key``; ``fill`` writes it if we are the first to ask.
 
     Blocks while another runtime is writing the same image.

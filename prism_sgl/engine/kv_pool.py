@@ -42,7 +42,9 @@ class TokenMajorKVPool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         if self.use_hnd or self.kv_cache_layout != "nhd":
-            raise UnsupportedModelError(f"KV layout {self.kv_cache_layout} has no elastic pool; use the default")
+            raise UnsupportedModelError(
+                f"KV layout {self.kv_cache_layout} has no elastic pool; use the default"
+            )
         k_width, v_width = self.head_num * self.head_dim, self.head_num * self.v_head_dim
         rows = self.size + self.page_size
         entry_bytes = self.layer_num * (k_width + v_width) * self.store_dtype.itemsize

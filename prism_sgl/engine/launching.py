@@ -85,7 +85,9 @@ def server_args(spec: RuntimeSpec) -> ServerArgs:
     for name in spec.engine_args:
         key = f"models.{spec.model}.engine_args.{name}"
         if name not in known:
-            raise ConfigError(key, "is no argument of SGLang 0.5.17", "see `python -m sglang.launch_server --help`")
+            raise ConfigError(
+                key, "is no argument of SGLang 0.5.17", "see `python -m sglang.launch_server --help`"
+            )
         if name in ours and spec.engine_args[name] != ours[name]:
             raise ConfigError(key, "is set by prism_sgl itself", "remove it")
     args = ServerArgs(**(_DEFAULTS | {"log_level": spec.log_level} | spec.engine_args | ours))

@@ -75,7 +75,8 @@ def _candidates(tree: Any, allocator: ElasticAllocator) -> list[list[Cut]]:
         if page not in pool.mapped_pages or cached[page] != used[page] or used[page] == 0:
             continue
         cuts = [
-            Cut(nodes[i], keep, len(nodes[i].value) - keep + below[id(nodes[i])]) for i, keep in positions.items()
+            Cut(nodes[i], keep, len(nodes[i].value) - keep + below[id(nodes[i])])
+            for i, keep in positions.items()
         ]
         age = max(nodes[i].last_access_time for i in positions)
         ranked.append((sum(cut.lost_tokens for cut in cuts), age, -page, cuts))

@@ -123,4 +123,6 @@ class RuntimeMemory:
         if missing > 0:
             posted = self.owner.post_targets(missing, TARGET_DEADLINE_S)
             if posted:
-                log.info("asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted))
+                log.info(
+                    "asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted)
+                )

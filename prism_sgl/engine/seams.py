@@ -37,7 +37,9 @@ class Seam:
     parameters: tuple[str, ...]
 
 
-def _profile_available_bytes(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+def _profile_available_bytes(
+    original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any
+) -> int:
     """The pool is as large as its ceiling, whatever happens to be free while the engine starts."""
     return RuntimeMemory.current().kv_ceiling_bytes
 
@@ -174,7 +176,9 @@ def check_signatures() -> None:
     """Every seam is as it was when this code was written, in SGLang as it is installed now."""
     version = importlib.metadata.version("sglang")
     if version != SGLANG_VERSION:
-        raise SeamError(f"SGLang {version} is installed; this release knows the seams of {SGLANG_VERSION} only")
+        raise SeamError(
+            f"SGLang {version} is installed; this release knows the seams of {SGLANG_VERSION} only"
+        )
     expected = {seam.target: seam.parameters for seam in SEAMS} | CALLED
     for target, parameters in expected.items():
         if target in HookRegistry._patched:

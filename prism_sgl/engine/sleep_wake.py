@@ -49,8 +49,7 @@ def bind(scheduler: Any) -> RuntimeFacts:
     memory.owner.set_quota(floor, ceiling)
     if not point.ensure_usable(scheduler.max_req_len):
         raise ShortageError(f"{memory.spec.model}: no room for min_kv on {memory.spec.device}")
-    memory.owner.set_state(RuntimeState.AWAKE)
-    memory.owner.set_activity(False, 0, time.monotonic_ns())
+    _rest(memory, RuntimeState.AWAKE)
     return RuntimeFacts(
         weights_bytes=memory.owner.held(Kind.WEIGHTS) * GRANULE_BYTES,
         overhead_bytes=memory.owner.held(Kind.OVERHEAD) * GRANULE_BYTES,
@@ -61,6 +60,12 @@ def bind(scheduler: Any) -> RuntimeFacts:
         max_running_requests=scheduler.max_running_requests,
         block_tokens=point.allocator.page_size,
     )
+
+
+def _rest(memory: RuntimeMemory, state: RuntimeState) -> None:
+    """Idle in this state, and asking nobody for anything any more."""
+    memory.owner.set_state(state)
+    memory.owner.set_activity(False, 0, time.monotonic_ns())
 
 
 def _complete() -> tuple[RuntimeMemory, SafePoint]:
@@ -85,8 +90,7 @@ def prism_sleep(scheduler: Any) -> None:
     scheduler.flush_cache(empty_cache=False)
     point.allocator.drop_all()
     memory.weights.sleep()
-    memory.owner.set_state(RuntimeState.ASLEEP)
-    memory.owner.set_activity(False, 0, time.monotonic_ns())
+    _rest(memory, RuntimeState.ASLEEP)
     log.info("sleep: gave back %d MiB in %.3f s", given_bytes >> 20, time.perf_counter() - began)
 
 
@@ -104,17 +108,17 @@ def prism_wake(scheduler: Any, timeout_s: float) -> None:
     began = time.perf_counter()
     memory.owner.set_state(RuntimeState.WAKING)
     if memory.insist(weights.wake, weights.vmm.size_bytes, timeout_s) is None:
-        memory.owner.set_state(RuntimeState.ASLEEP)
+        _rest(memory, RuntimeState.ASLEEP)
         raise ShortageError(f"shortage: no room for {weights.vmm.size_bytes >> 20} MiB of weights")
     copied = time.perf_counter()
     page_bytes = point.allocator.elastic.pages.page_bytes
     if memory.insist(point.allocator.reopen, page_bytes, timeout_s) is None:
         weights.sleep()
-        memory.owner.set_state(RuntimeState.ASLEEP)
+        _rest(memory, RuntimeState.ASLEEP)
         raise ShortageError("shortage: no room for the first page of KV")
     # The rest of the floor comes with the first request's safe points; what is free is taken now, at once.
     point.grow(scheduler.max_req_len)
-    memory.owner.set_state(RuntimeState.AWAKE)
+    _rest(memory, RuntimeState.AWAKE)
     log.info(
         "wake: weights in %.3f s, %d MiB of KV in %.3f s more",
         copied - began,

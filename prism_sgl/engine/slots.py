@@ -132,7 +132,7 @@ class ElasticBlocks:
         keep = torch.from_numpy(~gone).to(self.device)
         # The list forgets the blocks before the memory goes: an unmapped block must never be handed out.
         self.free_pages = self.free_pages[keep[self.free_pages]]
-        self._mark_usable(self.elastic.shrink(_runs(chosen)), False)
+        self._mark_usable(self.elastic.shrink([range(p, p + 1) for p in chosen]), False)
         return len(chosen)
 
     def drop_all(self) -> None:
@@ -192,7 +192,13 @@ class ElasticPagedAllocator(ElasticBlocks, PagedTokenToKVPoolAllocator):
     ) -> torch.Tensor | None:
         if self.device != "cpu":
             return super().alloc_extend(  # type: ignore[no-any-return]
-                prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages
+                prefix_lens,
+                prefix_lens_cpu,
+                seq_lens,
+                seq_lens_cpu,
+                last_loc,
+                extend_num_tokens,
+                num_new_pages,
             )
         needed = get_num_new_pages(
             seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
@@ -235,14 +241,3 @@ def build_allocator(
     if page_size == 1:
         return ElasticTokenAllocator(size, dtype, device, kvcache)
     return ElasticPagedAllocator(size, page_size, dtype, device, kvcache)
-
-
-def _runs(pages: Sequence[int]) -> list[range]:
-    """Ascending page ids as runs of neighbours."""
-    runs: list[range] = []
-    for page in pages:
-        if runs and runs[-1].stop == page:
-            runs[-1] = range(runs[-1].start, page + 1)
-        else:
-            runs.append(range(page, page + 1))
-    return runs

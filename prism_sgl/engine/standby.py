@@ -43,7 +43,9 @@ class Standby:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.workers: dict[int, RuntimeId] = {}  # leaders that live
-        self.ending: dict[int, tuple[RuntimeId, int]] = {}  # leaders that ended, their session not yet: exit code
+        self.ending: dict[
+            int, tuple[RuntimeId, int]
+        ] = {}  # leaders that ended, their session not yet: exit code
         self.deadlines: dict[int, float] = {}  # SIGKILL to the session at this time
         self._wake_read, wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -55,13 +57,14 @@ class Standby:
         """Until the supervisor closes its end; then every worker is killed."""
         try:
             while True:
-                ready, _, _ = select.select([self.channel, self._wake_read], [], [], self._timeout())
+                descriptors = [self.channel.fileno(), self._wake_read]
+                ready, _, _ = select.select(descriptors, [], [], self._timeout())
                 if self._wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, 4096)
                 self._reap()
                 self._kill_overdue()
-                if self.channel in ready and not self._obey():
+                if self.channel.fileno() in ready and not self._obey():
                     return
         finally:
             for pid in [*self.workers, *self.ending]:
@@ -166,7 +169,7 @@ def main() -> None:
     # The supervisor ends us by closing the socket pair, and its death by PDEATHSIG, which it sets for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     spec_channel.announce_device_kind(arguments.kind)
     # The imports of worker, scheduler and detokenizer, paid once for all of them.
     import sglang.srt.entrypoints.http_server

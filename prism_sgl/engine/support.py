@@ -57,4 +57,6 @@ def refuse_unsupported_model(model_config: Any, model: str) -> None:
 
 def _is_hybrid_linear(model_config: Any) -> bool:
     text = model_config.hf_text_config
-    return any(getattr(text, name, None) for name in ("linear_num_key_heads", "mamba_d_state", "linear_attn_config"))
+    return any(
+        getattr(text, name, None) for name in ("linear_num_key_heads", "mamba_d_state", "linear_attn_config")
+    )

@@ -47,9 +47,7 @@ def hold_weights(model: torch.nn.Module, server_args: Any) -> None:
         sizes_bytes=[group.nbytes for group in groups],
     )
     arena.adopt(
-        fetch_image(
-            spec.run_dir, key, vmm.size_bytes, spec.model, lambda view: _copy_out(vmm.base, view)
-        )
+        fetch_image(spec.run_dir, key, vmm.size_bytes, spec.model, lambda view: _copy_out(vmm.base, view))
     )
     memory.weights = arena
     log.info(

@@ -214,7 +214,7 @@ class Worker:
 
 def serve(spec: RuntimeSpec) -> None:
     """The whole life of a worker process. Returns at SIGTERM; SGLang's children die with us."""
-    logging.basicConfig(level=spec.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=spec.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(spec.env)
     spec_channel.announce_spec(spec)
     phases = PhaseLog(spec)

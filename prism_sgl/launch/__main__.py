@@ -18,13 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the file is right")
     given = parser.parse_args(arguments)
     try:
+        loaded = config.load(given.config)
         if given.check:
-            checked = config.load(given.config)
-            print(f"{given.config}: {len(checked.models)} models at {base_url(checked)}; the file is right")
+            print(f"{given.config} is right: {', '.join(loaded.models)} at {base_url(loaded)}")
             return EXIT_OK
-        from prism_sgl.launch import supervisor  # zmq and the ledger: not needed to check a file
+        from prism_sgl.launch import supervisor  # ZeroMQ and the ledger: not needed to check a file
 
-        return supervisor.run(given.config)
+        return supervisor.run(loaded)
     except PrismError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -74,15 +74,15 @@ def describe_exit(code: int) -> str:
 
 
 def last_error(log: Path) -> str:
-    """The line of a log's end that tells why its process ended; empty if none does."""
+    """The line of a log's end that tells why its process ended: the last error, else the last line."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (64 << 10)))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    telling = [line.strip() for line in lines if _tells(line)]
-    return telling[-1][:300] if telling else ""
+    telling = [line for line in lines if _tells(line)] or [line for line in lines if line.strip()]
+    return telling[-1].strip()[:300] if telling else ""
 
 
 def _tells(line: str) -> bool:

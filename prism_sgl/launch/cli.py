@@ -24,12 +24,16 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for
 _model = click.argument("model")
 
 
-class _FailedError(click.ClickException):
-    """An error that ends the command with an exit code of its own."""
+class _UnreachableError(click.ClickException):
+    exit_code = EXIT_UNAVAILABLE
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+
+class _TryLaterError(click.ClickException):
+    exit_code = EXIT_TEMPFAIL
+
+
+class _RefusedError(click.ClickException):
+    exit_code = EXIT_FAILURE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,7 +131,7 @@ def _request(context: click.Context, method: str, path: str, timeout_s: float) -
             response = client.request(method, path)
         except httpx.HTTPError as error:
             message = f"{client.base_url} cannot be reached ({error}); start a server or set PRISM_HOST"
-            raise _FailedError(message, EXIT_UNAVAILABLE) from None
+            raise _UnreachableError(message) from None
     try:
         content = response.json()
     except ValueError:
@@ -135,13 +139,10 @@ def _request(context: click.Context, method: str, path: str, timeout_s: float) -
     if not isinstance(content, dict):
         content = {}
     if response.is_error:
-        error = content.get("error")
-        told = error.get("message") if isinstance(error, dict) else None
-        later = response.status_code in (429, 503)
-        raise _FailedError(
-            told or f"{method} {path} was answered with {response.status_code}",
-            EXIT_TEMPFAIL if later else EXIT_FAILURE,
-        )
+        refusal = content.get("error")
+        told = refusal.get("message") if isinstance(refusal, dict) else None
+        message = told or f"{method} {path} was answered with {response.status_code}"
+        raise _TryLaterError(message) if response.status_code in (429, 503) else _RefusedError(message)
     return content
 
 

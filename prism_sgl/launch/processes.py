@@ -17,6 +17,7 @@ class Stat(NamedTuple):
     """Part of /proc/PID/stat."""
 
     state: str
+    parent: int
     session: int
     start_ticks: int  # since boot: with the pid it names a process for ever
 
@@ -28,32 +29,39 @@ def read_stat(pid: int) -> Stat | None:
     except OSError:
         return None
     fields = text[text.rindex(")") + 2 :].split()  # the name before may hold anything
-    return Stat(state=fields[0], session=int(fields[3]), start_ticks=int(fields[19]))
+    return Stat(state=fields[0], parent=int(fields[1]), session=int(fields[3]), start_ticks=int(fields[19]))
 
 
 def session_members(session: int) -> list[int]:
-    """Living processes of this session; a zombie only waits for its parent and holds nothing."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if (
-            entry.isdigit()
-            and (stat := read_stat(int(entry)))
-            and stat.session == session
-            and stat.state != "Z"
-        ):
-            found.append(int(entry))
-    return found
+    """Living processes of this session."""
+    return [pid for pid, stat in _living().items() if stat.session == session]
+
+
+def _living() -> dict[int, Stat]:
+    """All processes but zombies, which only wait for their parent and hold nothing."""
+    stats = {int(entry): read_stat(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
+    return {pid: stat for pid, stat in stats.items() if stat is not None and stat.state != "Z"}
+
+
+def _members_and_descendants(sessions: Iterable[int]) -> list[int]:
+    """A child that has just begun a session of its own is recorded nowhere yet, but has its parent."""
+    living = _living()
+    wanted = set(sessions)
+    found = {pid for pid, stat in living.items() if stat.session in wanted}
+    while more := {pid for pid, stat in living.items() if stat.parent in found} - found:
+        found |= more
+    return sorted(found)
 
 
 def end_sessions(sessions: Iterable[int]) -> list[int]:
-    """SIGKILL every process of these sessions and wait until none is left. Answers the pids that were killed.
+    """SIGKILL these sessions with all descendants, wait until none is left, and answer who was killed.
 
     Blocks. Looks again after each round, because a process may have forked while it was being killed.
     """
     wanted = list(sessions)
     killed: list[int] = []
     deadline = time.monotonic() + _END_WITHIN_S
-    while members := [pid for session in wanted for pid in session_members(session)]:
+    while members := _members_and_descendants(wanted):
         if time.monotonic() > deadline:
             break
         _kill_and_wait(members, deadline)

@@ -10,16 +10,18 @@ from zmq.asyncio import Context, Socket
 from zmq.constants import Flag, SocketOption, SocketType
 
 from prism_sgl import addresses
+from prism_sgl.launch.tasks import Fail, start_task
 from prism_sgl.messages import RouterToSupervisor, SupervisorToRouter, decode_router_to_supervisor, encode
 
 
 class RouterLink:
     """A DEALER of identity ``supervisor``, made anew for each router: a frame for a dead one is not kept."""
 
-    def __init__(self, run_dir: str, receive: Callable[[RouterToSupervisor], None]) -> None:
+    def __init__(self, run_dir: str, receive: Callable[[RouterToSupervisor], None], fail: Fail) -> None:
         self.num_undecodable = 0
         self._address = addresses.router_for_supervisor(run_dir)
         self._receive = receive
+        self._fail = fail
         self._context = Context()
         self._socket: Socket | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -32,7 +34,7 @@ class RouterLink:
         self._socket.setsockopt(SocketOption.RECONNECT_IVL, 20)
         self._socket.setsockopt(SocketOption.RECONNECT_IVL_MAX, 200)
         self._socket.connect(self._address)
-        self._reader = asyncio.create_task(self._read(self._socket))
+        self._reader = start_task(self._read(self._socket), self._fail)
 
     def send(self, message: SupervisorToRouter) -> None:
         # Never waits: a router that does not read for thousands of messages is dead, and the next one asks.

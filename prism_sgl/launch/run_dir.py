@@ -78,7 +78,7 @@ class RunDir:
         self._remove_ledgers()
         self._remove_files()
         (self.path / "lock").unlink(missing_ok=True)
-        self.path.rmdir()
+        shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock_fd)
         self._lock_fd = -1
 

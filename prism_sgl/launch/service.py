@@ -13,6 +13,7 @@ from prism_sgl.launch.backoff import Backoff
 from prism_sgl.launch.children import Child, describe_exit, last_error
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import RunDir
+from prism_sgl.launch.tasks import Fail, start_task
 
 
 class Service:
@@ -26,11 +27,12 @@ class Service:
         self,
         name: str,
         start: Callable[[], Child],
-        gone: Callable[[str], Awaitable[None]],
+        gone: Callable[[str], Awaitable[None]] | None,
         *,
         run_dir: RunDir,
         progress: Progress,
         log: Path,
+        fail: Fail,
     ) -> None:
         self.name = name
         self.child: Child | None = None
@@ -40,12 +42,13 @@ class Service:
         self._run_dir = run_dir
         self._progress = progress
         self._log = log
+        self._fail = fail
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         self._launch()
-        self._task = asyncio.create_task(self._keep())
+        self._task = start_task(self._keep(), self._fail)
 
     def send_signal(self, number: Signals) -> None:
         if self.child is not None:
@@ -69,6 +72,11 @@ class Service:
         if self._task is not None:
             self._task.cancel()
 
+    async def ended(self) -> None:
+        """The process, which somebody has killed, is reaped."""
+        if self.child is not None:
+            await self.child.exited
+
     def _launch(self) -> None:
         self.child = self._start()
         self._run_dir.record(self.child.pid, self.name)
@@ -85,7 +93,8 @@ class Service:
             reason = describe_exit(code)
             if code >= 0 and (error := last_error(self._log)):
                 reason += f": {error}"
-            await self._gone(reason)
+            if self._gone is not None:
+                await self._gone(reason)
             wait_s = backoff.after(time.monotonic() - began)
             self._progress.line(f"{self.name}: ended ({reason}); starts again in {wait_s:g} s")
             with contextlib.suppress(TimeoutError):

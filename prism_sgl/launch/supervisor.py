@@ -10,25 +10,26 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from prism_sgl.allocator.ledger import Ledger
-from prism_sgl.config import Config, DeviceConfig, load, log_dir, run_dir
+from prism_sgl.config import Config, DeviceConfig, log_dir, run_dir
 from prism_sgl.errors import EXIT_OK
-from prism_sgl.launch.banner import ready_lines
 from prism_sgl.launch.children import Child, describe_exit, last_error, start_child
 from prism_sgl.launch.image_store import ImageStore
 from prism_sgl.launch.listen import listen
 from prism_sgl.launch.processes import end_sessions
 from prism_sgl.launch.progress import Progress
+from prism_sgl.launch.readiness import Readiness
 from prism_sgl.launch.router_link import RouterLink
 from prism_sgl.launch.run_dir import RunDir
 from prism_sgl.launch.runtimes import Runtime, build_spec, remove_files
 from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import StandbyLink, private_environment
+from prism_sgl.launch.tasks import start_task
 from prism_sgl.messages import (
     Introduce,
     RouterToSupervisor,
@@ -58,9 +59,8 @@ class Programs:
     standby: str = "prism_sgl.engine.standby"
 
 
-def run(config_path: str, *, programs: Programs | None = None, out: TextIO = sys.stdout) -> int:
+def run(config: Config, *, programs: Programs | None = None, out: TextIO = sys.stdout) -> int:
     """Serve until SIGINT or SIGTERM. Raises ConfigError or PortInUseError before anything is started."""
-    config = load(config_path)
     with listen(config.server.host, config.server.port, file=config.file) as listener:
         directory = RunDir(run_dir(config), config.server.port)
         directory.acquire()
@@ -93,24 +93,27 @@ class Supervisor:
         self._runtimes: dict[RuntimeId, Runtime] = {}
         self._standbys: dict[str, StandbyLink] = {}
         self._services: list[Service] = []
-        # What shall be up before the ready lines are printed; a model that failed is not waited for.
-        self._awaited = {model.name: "" for model in config.models.values() if model.preload}
+        self._readiness = Readiness(config, progress)
         self._signals = 0
+        self._failure: BaseException | None = None
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
         self._none_left = asyncio.Event()
 
     async def serve(self) -> int:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(
+            lambda _, context: self._fail(context.get("exception") or RuntimeError(context["message"]))
+        )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
-        self._link = RouterLink(str(self._directory.path), self._on_router)
+        self._link = RouterLink(str(self._directory.path), self._on_router, self._fail)
         self._images = ImageStore(
             str(self._directory.path), self._config.memory.host_cache_bytes, self._progress.line
         )
         try:
             self._start()
-            ticker = asyncio.create_task(self._tick())
+            ticker = start_task(self._tick(), self._fail)
             await self._stop.wait()
             await self._stop_in_order()
             ticker.cancel()
@@ -118,11 +121,16 @@ class Supervisor:
             for service in self._services:
                 service.drop()
             await asyncio.to_thread(self._directory.end_all)
+            await asyncio.wait(
+                {asyncio.create_task(s.ended()) for s in self._services}, timeout=_SERVICE_GRACE_S
+            )
             for standby in self._standbys.values():
                 standby.close()
             self._images.close()
             self._link.close()
         self._progress.line("stopped")
+        if self._failure is not None:
+            raise self._failure
         return EXIT_OK
 
     # ------------------------------------------------------------ start
@@ -141,7 +149,7 @@ class Supervisor:
         snapshot.write_bytes(Path(config.file).expanduser().read_bytes())
         snapshot.chmod(0o600)
         for device in config.devices:
-            Ledger.create(directory.ledger_path(device.name), device.memory_bytes, device.name)
+            Ledger.create(directory.ledger_path(device.name), device.memory_bytes, device.name).close()
         self._images.start()
         for device in config.devices:
             self._start_standby(device)
@@ -163,41 +171,34 @@ class Supervisor:
     def _start_standby(self, device: DeviceConfig) -> None:
         link = self._standbys[device.name] = StandbyLink(device, self._on_standby)
         name = f"standby-{device.name}"
-        log = self._log_dir / f"{name}.log"
 
         async def gone(reason: str) -> None:
             link.close()
             await self._lose_runtimes(device, f"its standby ended ({reason})")
 
-        service = Service(
-            name,
-            lambda: link.start(self._programs.standby, env=self._env, log=log),
-            gone,
-            run_dir=self._directory,
-            progress=self._progress,
-            log=log,
-        )
-        self._services.append(service)
-        service.begin()
+        self._keep(name, lambda: link.start(self._programs.standby, env=self._env, log=self._log(name)), gone)
 
-    def _keep(self, name: str, start: Callable[[], Child]) -> Service:
-        async def gone(reason: str) -> None:
-            return None
-
+    def _keep(
+        self, name: str, start: Callable[[], Child], gone: Callable[[str], Awaitable[None]] | None = None
+    ) -> Service:
         service = Service(
             name,
             start,
             gone,
             run_dir=self._directory,
             progress=self._progress,
-            log=self._log_dir / f"{name}.log",
+            log=self._log(name),
+            fail=self._fail,
         )
         self._services.append(service)
         service.begin()
         return service
 
     def _child(self, name: str, module: str, arguments: list[str], fds: Sequence[int] = ()) -> Child:
-        return start_child(name, module, arguments, env=self._env, log=self._log_dir / f"{name}.log", fds=fds)
+        return start_child(name, module, arguments, env=self._env, log=self._log(name), fds=fds)
+
+    def _log(self, name: str) -> Path:
+        return self._log_dir / f"{name}.log"
 
     # ------------------------------------------------------------ messages
 
@@ -271,32 +272,20 @@ class Supervisor:
         self._progress.line(f"{spec.runtime}: ended ({runtime.kill_reason or reason})")
         self._link.send(RuntimeExited(runtime=spec.runtime, reason=reason, expected=expected))
         if not runtime.ready and not expected:
-            self._settle(spec.model, f"failed: {reason}")
+            self._readiness.settle(spec.model, f"failed: {reason}")
         if not self._runtimes:
             self._none_left.set()
 
     # ------------------------------------------------------------ ready
 
     async def _tick(self) -> None:
-        if not self._awaited:
-            self._print_ready()
+        self._readiness.begin()
         while True:
             for name in self._progress.poll():
                 if runtime := self._runtimes.get(name):
                     runtime.ready = True
-                    self._settle(runtime.spec.model, f"ready on {runtime.spec.device}")
+                    self._readiness.settle(runtime.spec.model, f"ready on {runtime.spec.device}")
             await asyncio.sleep(_POLL_PHASES_S)
-
-    def _settle(self, model: str, state: str) -> None:
-        if self._awaited.get(model) == "":
-            self._awaited[model] = state
-            if all(self._awaited.values()):
-                self._print_ready()
-
-    def _print_ready(self) -> None:
-        self._progress.line(f"ready in {self._progress.elapsed_s():.1f} s")
-        for line in ready_lines(self._config, self._awaited):
-            self._progress.text(line)
 
     # ------------------------------------------------------------ stop
 
@@ -309,6 +298,13 @@ class Supervisor:
             self._stop.set()
         else:
             self._stop_at_once.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """Something of ours is broken: what we believe may be untrue by now, so all of it ends."""
+        if self._failure is None:
+            self._failure = error
+            self._progress.line(f"supervisor: {type(error).__name__}: {error}; stopping")
+            self._stop.set()
 
     async def _stop_in_order(self) -> None:
         ordered = asyncio.create_task(self._drain_and_kill())

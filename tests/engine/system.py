@@ -105,7 +105,9 @@ class System:
     def held(self, model: str, kind: str) -> int:
         """Physical bytes of the arenas of one kind ("kv", "weights") of one model."""
         return sum(
-            size for name, size in self.arenas().items() if name.startswith(f"{model}@") and name.endswith(kind)
+            size
+            for name, size in self.arenas().items()
+            if name.startswith(f"{model}@") and name.endswith(kind)
         )
 
     def runtime_pids(self, model: str) -> dict[str, int]:

@@ -25,9 +25,7 @@ def test_kill_of_the_router_loses_and_doubles_nothing(system: System) -> None:
     jobs = [("chat" if i % 2 else "code", long_prompt(100 + i, 40), 60) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(system.generate, *job) for job in jobs]
-        wait_for(
-            "requests to run", lambda: sum(system.status(m)["in_flight"] for m in ("chat", "code")) >= 4
-        )
+        wait_for("requests to run", lambda: sum(system.status(m)["in_flight"] for m in ("chat", "code")) >= 4)
         old = router_pid(system)
         os.kill(old, signal.SIGKILL)
         answers = [f.result() for f in futures]
@@ -48,7 +46,9 @@ def test_kill_of_a_runtime_harms_nobody_else(system: System) -> None:
     def broken_stream() -> tuple[bytes, str]:
         received = b""
         try:
-            with httpx.stream("POST", f"{system.url}/m/code/generate", json=stream_body, timeout=120) as reply:
+            with httpx.stream(
+                "POST", f"{system.url}/m/code/generate", json=stream_body, timeout=120
+            ) as reply:
                 for part in reply.iter_bytes():
                     received += part
         except httpx.HTTPError as error:

@@ -16,11 +16,13 @@ from prism_sgl.launch.processes import read_stat
 
 _RUN = """
 import sys
+from prism_sgl.config import load
 from prism_sgl.errors import PrismError
 from prism_sgl.launch.supervisor import Programs, run
 tiny = "tests.launch.programs.tiny_"
 try:
-    sys.exit(run(sys.argv[1], programs=Programs(tiny + "router", tiny + "api_server", tiny + "standby")))
+    programs = Programs(tiny + "router", tiny + "api_server", tiny + "standby")
+    sys.exit(run(load(sys.argv[1]), programs=programs))
 except PrismError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-import zmq
+from zmq.constants import SocketType
+from zmq.sugar.context import Context
 
 from prism_sgl import addresses
 from prism_sgl.config import load
@@ -30,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     config = load(given.config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    socket = zmq.Context().socket(zmq.ROUTER)
+    socket = Context().socket(SocketType.ROUTER)
     socket.bind(addresses.router_for_supervisor(given.run_dir))
     num_started = 0
     while True:

@@ -1,0 +1,30 @@
+# make demo, make test and make bench need no other command before them.
+PY := .venv/bin/python
+# Several engines share the cores: threads of one would take them from the others.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: env model demo test lint bench
+
+env: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt scripts/make_env.sh
+	@PYTHON="$(PYTHON)" scripts/make_env.sh
+
+model: env
+	@$(PY) demo/fetch_model.py
+
+# ONCE=1: ask each model one question, show who held what, and stop.
+demo: model
+	@$(PY) demo/run.py $(if $(ONCE),--once)
+
+test: model
+	$(PY) -m pytest
+
+lint: env
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy prism_sgl
+
+bench: model
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done

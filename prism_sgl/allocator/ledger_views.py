@@ -1,0 +1,96 @@
+"""What the ledger says, as values: copies that no later change in the file reaches.
+
+Amounts are granules of 2 MiB. Times are ``time.monotonic_ns()``, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from prism_sgl.messages import RuntimeState
+
+# States in which a runtime passes safe points, so that it can answer a reclaim target.
+_ANSWERS = frozenset({RuntimeState.AWAKE, RuntimeState.DRAINING})
+
+
+class Kind(enum.IntEnum):
+    """What granules are held for."""
+
+    WEIGHTS = 0
+    KV = 1
+    OVERHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """``free`` may be reserved; ``returning`` is what dead owners left, until the device shows it free."""
+
+    budget: int
+    leased: int
+    returning: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A victim should shrink its KV to ``granules``, and after the deadline give up running requests for it."""
+
+    granules: int
+    seq: int
+    deadline_ns: int
+
+    def overdue(self, now_ns: int) -> bool:
+        return now_ns >= self.deadline_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """One victim was asked for ``granules`` more."""
+
+    slot: int
+    epoch: int
+    name: str
+    bell: str
+    granules: int
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerView:
+    """One slot, at one moment. ``alive`` is False for a dead owner that is not reaped yet."""
+
+    slot: int
+    epoch: int
+    pid: int
+    name: str
+    bell: str
+    alive: bool
+    state: RuntimeState
+    priority: int
+    weights: int
+    kv: int
+    overhead: int
+    floor: int
+    ceiling: int
+    busy: bool
+    wanted: int
+    idle_since_ns: int
+    target: Target | None  # None: none, or answered
+
+    @property
+    def held(self) -> int:
+        return self.weights + self.kv + self.overhead
+
+    @property
+    def surplus(self) -> int:
+        """KV above the floor."""
+        return self.kv - self.floor
+
+    @property
+    def reclaimable(self) -> int:
+        """What may still be asked of it: KV above its floor that nobody has asked for yet."""
+        if not self.alive or self.state not in _ANSWERS:
+            return 0
+        kept = self.kv if self.target is None else min(self.kv, self.target.granules)
+        return max(0, kept - self.floor)

@@ -1,0 +1,256 @@
+"""One owner's hand in the ledger: what this process holds on one device, and what it asks of its neighbours."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from prism_sgl.allocator import crash_points, doorbell, reclaim
+from prism_sgl.allocator.ledger_lock import Life
+from prism_sgl.allocator.ledger_table import STATES, Column, LedgerTable
+from prism_sgl.allocator.ledger_views import Kind, OwnerView, Posted, Target
+from prism_sgl.errors import LedgerError
+from prism_sgl.messages import RuntimeState
+
+_NEVER_NS = sys.maxsize
+# A requester looks again when its deadline has passed; until then what comes free is kept for it.
+_ASK_LIVES_DEADLINES = 2
+
+
+class Owner:
+    """Writes one slot. Threads may share it; a forked child may not use it, it joins the ledger itself.
+
+    Invariants, kept under the ledger's lock: the sum of all slots never exceeds the budget; KV grows no
+    further than the ceiling; a pending target is never below the floor.
+    """
+
+    def __init__(self, table: LedgerTable, slot: int, life: Life) -> None:
+        self._table = table
+        self._slot = slot
+        self._life = life
+        self._posted: list[Posted] = []
+
+    @property
+    def slot(self) -> int:
+        return self._slot
+
+    @property
+    def view(self) -> OwnerView:
+        with self._table.lock:
+            return self._table.owner(self._slot)
+
+    def held(self, kind: Kind) -> int:
+        return self._table.read(Column(kind), self._slot)
+
+    # ---------------------------------------------------------------- reserving and releasing
+
+    def try_reserve(self, kind: Kind, granules: int) -> bool:
+        """Lease this many granules, or nothing (False): the budget, the ceiling or an earlier ask forbids it."""
+        return self._reserve(kind, granules, granules) == granules
+
+    def reserve_up_to(self, kind: Kind, granules: int, *, step: int = 1) -> int:
+        """Lease as many of these granules as may be had, a multiple of ``step``; returns how many."""
+        return self._reserve(kind, granules, step)
+
+    def release(self, kind: Kind, granules: int) -> None:
+        """Give granules back whose memory is already back with the device."""
+        _insist_amount(granules)
+        with self._table.lock:
+            self._insist_alive()
+            rest = self.held(kind) - granules
+            if rest < 0:
+                raise ValueError(f"{granules} granules of {kind.name} released, {self.held(kind)} held")
+            crash_points.crash_point("in_lock")
+            self._table.write(Column(kind), self._slot, rest)
+            target = self._table.target(self._slot)
+            if target is not None and self.held(Kind.KV) <= target.granules:
+                self._table.write(Column.ANSWERED_SEQ, self._slot, target.seq)
+
+    def _reserve(self, kind: Kind, granules: int, step: int) -> int:
+        _insist_amount(granules)
+        with self._table.lock:
+            self._insist_alive()
+            amount = min(granules, self._available(kind, granules))
+            amount -= amount % step if step else 0
+            if amount > 0:
+                crash_points.crash_point("in_lock")
+                self._table.write(Column(kind), self._slot, self.held(kind) + amount)
+                asked = self._table.read(Column.ASKED, self._slot)
+                if asked:
+                    self._table.write(Column.ASKED, self._slot, max(0, asked - amount))
+            return max(amount, 0)
+
+    def _available(self, kind: Kind, granules: int) -> int:
+        """What the owner may take now, looking no further than ``granules``.
+
+        KV above the floor is borrowed: it leaves alone what comes free for others who asked before. Without that
+        a busy victim takes back at once what it has just given, and the asker never gets it.
+        """
+        free = self._table.free()
+        if kind is not Kind.KV:
+            return free
+        held = self.held(kind)
+        free = min(free, self._table.read(Column.CEILING, self._slot) - held)
+        by_right = min(free, max(0, self._table.read(Column.FLOOR, self._slot) - held))
+        if min(granules, free) <= by_right:
+            return by_right
+        return max(by_right, min(free, self._table.free() - self._asked_before_me()))
+
+    def _asked_before_me(self) -> int:
+        """Granules that living others wait for and that go before my borrowing."""
+        asks = self._table.column(Column.ASKED)
+        if not any(asks):
+            return 0
+        now_ns = time.monotonic_ns()
+        mine_at = self._asked_at(now_ns)
+        total = 0
+        for slot, granules in enumerate(asks):
+            if granules <= 0 or slot == self._slot or self._table.read(Column.ASKED_UNTIL, slot) <= now_ns:
+                continue
+            has_right = self._table.read(Column.KV, slot) < self._table.read(Column.FLOOR, slot)
+            if (has_right or self._table.read(Column.ASKED_AT, slot) < mine_at) and self._table.lives.is_held(
+                slot
+            ):
+                total += granules
+        return total
+
+    def _asked_at(self, now_ns: int) -> int:
+        """When my ask began, if I have one."""
+        if (
+            self._table.read(Column.ASKED, self._slot) <= 0
+            or self._table.read(Column.ASKED_UNTIL, self._slot) <= now_ns
+        ):
+            return _NEVER_NS
+        return self._table.read(Column.ASKED_AT, self._slot)
+
+    # ---------------------------------------------------------------- what the router and the engine say
+
+    def set_quota(self, floor: int, ceiling: int) -> None:
+        """New bounds of KV. An owner above its new ceiling gets a target that is never overdue."""
+        if not 0 <= floor <= ceiling:
+            raise ValueError(f"floor {floor}, ceiling {ceiling}")
+        with self._table.lock:
+            self._insist_alive()
+            target = self._table.target(self._slot)
+            # Never floor > ceiling on the way, whatever was there before.
+            self._table.write(Column.FLOOR, self._slot, 0)
+            self._table.write(Column.CEILING, self._slot, ceiling)
+            self._table.write(Column.FLOOR, self._slot, floor)
+            if target is not None and target.granules < floor:
+                self._table.write_target(self._slot, floor, target.deadline_ns)
+            elif self.held(Kind.KV) > ceiling and (target is None or target.granules > ceiling):
+                self._table.write_target(
+                    self._slot, ceiling, _NEVER_NS if target is None else target.deadline_ns
+                )
+
+    def set_state(self, state: RuntimeState) -> None:
+        with self._table.lock:
+            self._insist_alive()
+            self._table.write(Column.STATE, self._slot, STATES.index(state))
+
+    def set_activity(self, busy: bool, wanted: int, now_ns: int) -> None:
+        """What the engine does now, told at every safe point: needs no lock, each word is only ours.
+
+        ``wanted`` is the KV that it would take and does not get; wanting nothing withdraws its ask.
+        """
+        table, slot = self._table, self._slot
+        if busy != bool(table.read(Column.BUSY, slot)):
+            if not busy:
+                table.write(Column.IDLE_SINCE, slot, now_ns)
+            table.write(Column.BUSY, slot, int(busy))
+        if wanted != table.read(Column.WANTED, slot):
+            table.write(Column.WANTED, slot, wanted)
+        if not wanted and table.read(Column.ASKED, slot):
+            table.write(Column.ASKED, slot, 0)
+
+    # ---------------------------------------------------------------- reclaim
+
+    def target(self) -> Target | None:
+        """What this owner should shrink to, None if nothing is asked. Polled at every safe point: no lock."""
+        return self._table.target(self._slot)
+
+    def answer_target(self, seq: int) -> None:
+        """This target is met, or cannot be. A later one stays."""
+        with self._table.lock:
+            self._insist_alive()
+            if (
+                self._table.read(Column.ANSWERED_SEQ, self._slot)
+                < seq
+                <= self._table.read(Column.TARGET_SEQ, self._slot)
+            ):
+                self._table.write(Column.ANSWERED_SEQ, self._slot, seq)
+
+    def post_targets(self, granules: int, deadline_s: float) -> list[Posted]:
+        """Ask neighbours for so many granules that are missing now; rings their bells.
+
+        May be repeated while they are missing: what this owner has asked for and victims still owe is counted,
+        and a victim that others have asked is asked for so much more.
+        """
+        _insist_amount(granules)
+        now_ns = time.monotonic_ns()
+        deadline_ns = now_ns + int(deadline_s * 1e9)
+        with self._table.lock:
+            self._insist_alive()
+            owners = {owner.slot: owner for owner in self._table.owners()}
+            self._posted = [post for post in self._posted if _owed(post, owners) > 0]
+            coming = sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
+            late = [post.bell for post in self._posted if post.target.overdue(now_ns)]
+            self._ask(granules, now_ns, deadline_ns)
+            claims = reclaim.choose_victims(
+                owners[self._slot], list(owners.values()), granules - coming, now_ns
+            )
+            posted = [self._post(claim, deadline_ns) for claim in claims]
+            self._posted += posted
+        for bell in dict.fromkeys([*late, *(post.bell for post in posted)]):
+            doorbell.ring(bell)
+        return posted
+
+    def _ask(self, granules: int, now_ns: int, deadline_ns: int) -> None:
+        """Say that we wait, keeping our place in the line if we did already."""
+        began_ns = min(self._asked_at(now_ns), now_ns)
+        lasts_ns = (deadline_ns - now_ns) * _ASK_LIVES_DEADLINES
+        self._table.write(Column.ASKED, self._slot, 0)
+        self._table.write(Column.ASKED_AT, self._slot, began_ns)
+        self._table.write(Column.ASKED_UNTIL, self._slot, now_ns + lasts_ns)
+        self._table.write(Column.ASKED, self._slot, granules)
+
+    def _post(self, claim: reclaim.Claim, deadline_ns: int) -> Posted:
+        crash_points.crash_point("while_posting_target")
+        victim = claim.victim
+        kept = victim.kv
+        if victim.target is not None:
+            kept = min(kept, victim.target.granules)
+            deadline_ns = min(deadline_ns, victim.target.deadline_ns)
+        target = self._table.write_target(victim.slot, kept - claim.granules, deadline_ns)
+        return Posted(victim.slot, victim.epoch, victim.name, victim.bell, claim.granules, target)
+
+    # ---------------------------------------------------------------- the end
+
+    def leave(self) -> None:
+        """Give the slot up. What is still held stays counted, as a dead owner's, until it is reaped."""
+        with self._table.lock:
+            self._insist_alive()
+            if not self._table.held(self._slot):
+                self._table.clear(self._slot)
+            self._life.close()
+
+    def _insist_alive(self) -> None:
+        if not self._life.is_ours:
+            raise LedgerError(
+                f"{self._table.path}: slot {self._slot} is not ours; join the ledger in this process"
+            )
+
+
+def _owed(post: Posted, owners: dict[int, OwnerView]) -> int:
+    """What a victim still owes to this post. Earlier posts are served first, so its end counts from the target."""
+    victim = owners.get(post.slot)
+    if victim is None or not victim.alive or victim.epoch != post.epoch:
+        return 0
+    if victim.target is None:
+        return 0
+    return min(post.granules, max(0, victim.kv - post.target.granules))
+
+
+def _insist_amount(granules: int) -> None:
+    if granules < 0:
+        raise ValueError(f"{granules} granules")

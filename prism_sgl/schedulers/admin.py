@@ -1,0 +1,154 @@
+"""What operators ask: sleep, wake, load, unload, pin, unpin, drain. Each ask gets one reply.
+
+All are idempotent. An operator's sleep is not a ban: the model wakes again on its next request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism_sgl.messages import AdminReply, AskAdmin
+from prism_sgl.schedulers.events import Outbox
+from prism_sgl.schedulers.lifecycle import Lifecycle
+from prism_sgl.schedulers.request_table import RequestTable
+from prism_sgl.schedulers.state import (
+    ASLEEP,
+    AWAKE,
+    COLD,
+    DRAINING,
+    FAILED,
+    STARTING,
+    STOPPING,
+    WAKING,
+    Fleet,
+    Model,
+)
+
+_MOST_ASKS = 64  # a model; more is a script gone wild
+
+
+@dataclass(frozen=True)
+class _Ask:
+    api: str
+    ask: str
+    verb: str
+
+
+class AdminDesk:
+    """Owner of the asks that wait for their end, by model."""
+
+    def __init__(self, fleet: Fleet, table: RequestTable, lifecycle: Lifecycle, out: Outbox) -> None:
+        self._fleet = fleet
+        self._table = table
+        self._lifecycle = lifecycle
+        self._out = out
+        self._waiting: dict[str, list[_Ask]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def wants_awake(self, model: Model) -> bool:
+        """An operator waits for it as a client would."""
+        return any(ask.verb in ("wake", "load") for ask in self._waiting.get(model.name, ()))
+
+    def ask(self, api: str, message: AskAdmin, now: float) -> None:
+        ask = _Ask(api, message.ask, message.verb)
+        model = self._fleet.models.get(message.model)
+        if model is None:
+            return self._reply(ask, 404, f"no model {message.model}")
+        waiting = self._waiting.get(model.name, [])
+        if ask in waiting:
+            return None
+        if len(waiting) >= _MOST_ASKS:
+            return self._reply(ask, 429, f"{len(waiting)} asks wait for {model.name} already")
+        match message.verb:
+            case "pin" | "unpin":
+                model.pinned = message.verb == "pin"
+                self._fleet.touch(model)
+                return self._reply(ask, 200, f"{model.name} is {message.verb}ned")
+            case "sleep" | "drain":
+                refusal = self._sleep(model, message.verb, now)
+            case "wake" | "load":
+                self._lifecycle.forgive(model)
+                refusal = "is stopping" if model.runtime.state is STOPPING else None
+            case "unload":
+                refusal = self._unload(model, now)
+            case _:
+                return self._reply(ask, 400, f"no verb {message.verb}")
+        if refusal is not None:
+            return self._reply(ask, 409, f"{model.name} {refusal}")
+        self._waiting.setdefault(model.name, []).append(ask)
+        self._fleet.touch(model)
+        return None
+
+    def _sleep(self, model: Model, verb: str, now: float) -> str | None:
+        state = model.runtime.state
+        if model.pinned:
+            return "is pinned; unpin it first"
+        if state in (STARTING, WAKING, STOPPING):
+            return f"is {state}"
+        if state is not AWAKE:
+            return None  # asleep, on its way there, or without a process: settled by its state
+        if verb == "sleep" and (busy := self._busy(model)):
+            return f"{busy}; drain it instead"
+        self._lifecycle.drain(model, now, f"an operator asked for {verb}")
+        return None
+
+    def _unload(self, model: Model, now: float) -> str | None:
+        model.start_wanted = False
+        if model.runtime.state in (COLD, FAILED):
+            self._lifecycle.forgive(model)
+        elif model.runtime.state is not STOPPING:
+            if busy := self._busy(model):
+                return f"{busy}; drain it first"
+            self._lifecycle.stop(model, now, "an operator unloaded it")
+        return None
+
+    def _busy(self, model: Model) -> str | None:
+        running, queued = self._table.running(model.runtime.id), self._table.queued(model.name)
+        return f"is busy ({len(running)} running, {len(queued)} queued)" if running or queued else None
+
+    def settle(self, model: Model) -> None:
+        """Reply to those asks whose end the model's state is."""
+        if (waiting := self._waiting.get(model.name)) is None:
+            return
+        for ask in list(waiting):
+            if (end := self._end(ask.verb, model)) is not None:
+                waiting.remove(ask)
+                self._reply(ask, *end)
+        if not waiting:
+            del self._waiting[model.name]
+
+    def _end(self, verb: str, model: Model) -> tuple[int, str] | None:
+        state = model.runtime.state
+        says = f"{model.name} is {state}" + (f" ({model.reason})" if model.reason else "")
+        if verb in ("sleep", "drain"):
+            if state in (ASLEEP, WAKING, COLD, FAILED):  # waking: for the next request, after it has slept
+                return 200, says
+            return (409, says) if state is AWAKE else None
+        if verb == "unload":
+            return (200, says) if state in (COLD, FAILED, STARTING) else None
+        if state is AWAKE or (state is ASLEEP and verb == "load"):
+            return 200, says
+        # A failure that is already tried again is not the end of this ask.
+        return (503, says) if state is FAILED and model.load_failures > 0 else None
+
+    def fail(self, model: Model, text: str) -> None:
+        """It cannot be awake."""
+        for ask in self._waiting.pop(model.name, []):
+            self._reply(ask, 409, text)
+
+    def forget_api(self, api: str) -> None:
+        for name, waiting in list(self._waiting.items()):
+            if rest := [ask for ask in waiting if ask.api != api]:
+                self._waiting[name] = rest
+            else:
+                del self._waiting[name]
+
+    def _reply(self, ask: _Ask, status: int, text: str) -> None:
+        self._out.api(ask.api, AdminReply(ask=ask.ask, status=status, message=text))
+
+    def check(self) -> None:
+        for name, waiting in self._waiting.items():
+            assert waiting and name in self._fleet.models
+            assert self._fleet.models[name].runtime.state is not DRAINING or waiting

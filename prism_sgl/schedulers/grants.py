@@ -1,0 +1,158 @@
+"""Local scheduler at work: which queued request of a device is granted next, and when."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from prism_sgl.config import SchedulerConfig
+from prism_sgl.messages import Grant
+from prism_sgl.schedulers import dispatch
+from prism_sgl.schedulers.events import Outbox
+from prism_sgl.schedulers.request_table import RequestTable
+from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Phase, Request
+
+# Two more than the engine runs at once: the next ones are there when one ends, the rest stay here, where they
+# can still be ordered, abandoned, or kept for a model that takes turns.
+WINDOW_EXTRA = 2
+# Ordering costs about 1.5 us a request. Short queues are ordered for every grant, long ones at intervals that
+# keep the cost at a few per cent of the time; what came in meanwhile runs after them.
+_ALWAYS_ORDER = 64
+_ORDER_INTERVAL_S_PER_REQUEST = 50e-6
+
+
+@dataclass(slots=True)
+class _Order:
+    """The last order of a device, split by model so that one with a full window costs nothing."""
+
+    by_model: dict[str, deque[Request]] = field(default_factory=dict)
+    made_at: float = 0.0
+    size: int = 0
+    stale: bool = True
+
+
+class Granter:
+    """Owner of the orders of all devices."""
+
+    def __init__(self, config: SchedulerConfig, fleet: Fleet, table: RequestTable, out: Outbox) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._table = table
+        self._out = out
+        self._orders = {name: _Order() for name in fleet.devices}
+        self._open: dict[str, None] = {}  # devices on which a grant may have become possible
+
+    def changed(self, model: Model) -> None:
+        """A request was queued, or the model woke: the order of its device is no longer right."""
+        if model.runtime.state is AWAKE and model.runtime.device is not None:
+            self._orders[model.runtime.device].stale = True
+            self._open[model.runtime.device] = None
+
+    def freed(self, device: str | None) -> None:
+        """A first token is out or a request is over: there is room in a window."""
+        if device is not None:
+            self._open[device] = None
+
+    def run(self, now: float) -> None:
+        while self._open:
+            name, _ = self._open.popitem()
+            device = self._fleet.devices.get(name)
+            if device is not None:
+                self._grant_all(device, now)
+
+    def _grant_all(self, device: Device, now: float) -> None:
+        while len(self._table.unanswered(device.name)) < self._config.prefill_window:
+            request = self._next(device, now)
+            if request is None:
+                return
+            self._grant(self._fleet.models[request.model], request, now)
+
+    def _next(self, device: Device, now: float) -> Request | None:
+        """Of all models with an open window, the request that stands first in the order."""
+        order = self._orders[device.name]
+        if order.stale and (
+            order.size <= _ALWAYS_ORDER
+            or now - order.made_at >= order.size * _ORDER_INTERVAL_S_PER_REQUEST
+            or not any(order.by_model.values())
+        ):
+            self._make(device, order, now)
+        best: Request | None = None
+        for name, requests in order.by_model.items():
+            while requests and requests[0].phase is not Phase.QUEUED:
+                requests.popleft()
+            if requests and self._is_open(self._fleet.models[name], device) and _before(requests[0], best):
+                best = requests[0]
+        if best is None and order.stale and order.size:
+            # What is left in the order cannot run; what came after it may.
+            self._make(device, order, now)
+            return self._next(device, now)
+        return best
+
+    def _is_open(self, model: Model, device: Device) -> bool:
+        runtime, facts = model.runtime, model.facts
+        return (
+            runtime.state is AWAKE
+            and runtime.device == device.name
+            and facts is not None
+            and len(self._table.running(runtime.id)) < facts.max_running_requests + WINDOW_EXTRA
+        )
+
+    def _make(self, device: Device, order: _Order, now: float) -> None:
+        models, queued = self._fleet.models, self._table.queued
+        waiting = [
+            request
+            for name in self._table.queued_models()
+            if models[name].runtime.state is AWAKE and models[name].runtime.device == device.name
+            for request in queued(name).values()
+        ]
+        ordered = dispatch.order(
+            waiting,
+            now,
+            lambda request: models[request.model].latency.estimate_s(request.prompt_tokens),
+            max_wait_s=self._config.max_wait_s,
+        )
+        order.by_model = {}
+        for rank, request in enumerate(ordered):
+            request.rank = rank
+            order.by_model.setdefault(request.model, deque()).append(request)
+        order.made_at, order.size, order.stale = now, len(ordered), False
+
+    def _grant(self, model: Model, request: Request, now: float) -> None:
+        runtime = model.runtime
+        assert runtime.id is not None and runtime.device is not None
+        self._table.grant(request, runtime.id, runtime.device, now)
+        runtime.served = True
+        model.rate.add(request.prompt_tokens, now)
+        activation_s = min(now, runtime.awake_since) - max(request.arrival, model.activating_since)
+        self._out.api(
+            request.api,
+            Grant(
+                request=request.id,
+                attempt=request.attempt,
+                runtime=runtime.id,
+                queued_s=now - request.arrival,
+                activation_s=max(0.0, activation_s),
+            ),
+        )
+
+    def repeat_unstarted(self, now: float, after_s: float) -> None:
+        """Grants that no runtime has confirmed are sent again. An api_server ignores one that it has obeyed, and
+        answers Abandon for a request that it no longer has: so a lost frame costs seconds, not a slot for ever."""
+        for device in self._fleet.devices:
+            for request in self._table.unanswered(device).values():
+                if request.phase is Phase.GRANTED and now - request.since >= after_s:
+                    request.since = now
+                    assert request.runtime is not None
+                    self._out.api(
+                        request.api,
+                        Grant(
+                            request=request.id,
+                            attempt=request.attempt,
+                            runtime=request.runtime,
+                            queued_s=now - request.arrival,
+                        ),
+                    )
+
+
+def _before(request: Request, other: Request | None) -> bool:
+    return other is None or request.rank < other.rank

@@ -1,0 +1,93 @@
+"""What is learned of each model: how long a prefill takes, and how many tokens a second it is asked for.
+
+The paper has e = p / c. Measured on real engines the line has an intercept that is larger than the slope's part
+for the usual short prompt (facts/prism.md 4.1, point 3), so here e = alpha + p / c.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+# Until something is measured: the rate that Prism's prototype assumes for every model (2048 tokens/s).
+_FIRST_ALPHA_S = 0.02
+_FIRST_S_PER_TOKEN = 1 / 2048
+# 24 samples give 276 slopes: 60 us every fourth sample. More would remember a machine that has changed since.
+_NUM_SAMPLES = 24
+_FIT_EVERY = 4
+# Prompts of one length say nothing about the slope.
+_LEAST_SPREAD = 2.0
+
+
+class LatencyEstimate:
+    """Seconds to the first token by prompt length, from the last answers.
+
+    Theil-Sen: the median of the slopes between all pairs, then the median of what the slope leaves. Up to 29 % of
+    the samples may be wild (a request that queued inside the engine, a first call that compiled) without effect.
+    """
+
+    def __init__(self) -> None:
+        self.alpha_s = _FIRST_ALPHA_S
+        self.s_per_token = _FIRST_S_PER_TOKEN
+        self._samples: deque[tuple[int, float]] = deque(maxlen=_NUM_SAMPLES)
+        self._until_fit = 1
+
+    def estimate_s(self, prompt_tokens: int) -> float:
+        return self.alpha_s + self.s_per_token * prompt_tokens
+
+    def observe(self, prompt_tokens: int, ttft_s: float) -> None:
+        if ttft_s < 0:
+            return
+        self._samples.append((prompt_tokens, ttft_s))
+        self._until_fit -= 1
+        if self._until_fit <= 0:
+            self._until_fit = _FIT_EVERY if len(self._samples) >= _FIT_EVERY else 1
+            self._fit()
+
+    def _fit(self) -> None:
+        samples = sorted(self._samples)
+        shortest, longest = samples[0][0], samples[-1][0]
+        if longest > _LEAST_SPREAD * max(shortest, 1):
+            slopes = [
+                (t2 - t1) / (p2 - p1)
+                for i, (p1, t1) in enumerate(samples)
+                for p2, t2 in samples[i + 1 :]
+                if p2 > p1
+            ]
+            self.s_per_token = max(0.0, median(slopes))
+        typical_s = median(t for _, t in samples)
+        # Never more than what is seen: a slope learned from long prompts must not make alpha negative.
+        self.s_per_token = min(self.s_per_token, typical_s / max(1.0, median(p for p, _ in samples)))
+        self.alpha_s = max(0.0, median(t - self.s_per_token * p for p, t in samples))
+
+
+class TokenRate:
+    """Tokens a second over a sliding window, in twelve buckets: bounded memory whatever the rate.
+
+    The paper's choice is 60 s, prompt tokens of admitted requests plus decoded tokens (P App. A.4).
+    """
+
+    _NUM_BUCKETS = 12
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        self._window_s = window_s
+        self._bucket_s = window_s / self._NUM_BUCKETS
+        self._buckets: deque[tuple[int, int]] = deque()  # (number of the bucket, tokens)
+        self._total = 0
+
+    def add(self, tokens: int, now: float) -> None:
+        number = int(now / self._bucket_s)
+        self._forget(number)
+        if self._buckets and self._buckets[-1][0] == number:
+            self._buckets[-1] = (number, self._buckets[-1][1] + tokens)
+        else:
+            self._buckets.append((number, tokens))
+        self._total += tokens
+
+    def per_s(self, now: float) -> float:
+        self._forget(int(now / self._bucket_s))
+        return self._total / self._window_s
+
+    def _forget(self, number: int) -> None:
+        while self._buckets and self._buckets[0][0] <= number - self._NUM_BUCKETS:
+            self._total -= self._buckets.popleft()[1]

@@ -1,0 +1,145 @@
+"""Whose memory makes room for a model that wants to be awake: plain functions over a picture of one device.
+
+Rules, from cheap to dear (a waiting request is worth more than an idle model, never more than a busy one):
+
+1. a model that was started and never asked for anything: at once. So many models start one after the other in
+   a budget that holds one of them;
+2. a model idle for ``sleep_after_s``, longest idle first (Prism: about 45 s; under 40 s thrashes);
+3. if a request waits: any idle model that is resident for ``min_residence_s``, longest idle first;
+4. if it has waited for ``max_wait_s``: turns. The model of lowest priority, longest awake, takes no more requests,
+   ends those it has, and sleeps, though others wait for it: they wait for their turn then.
+
+Pinned models are never asked. Nobody sleeps in vain: victims are named only if together they suffice.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prism_sgl.config import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model awake on the device that wants room, as a possible victim."""
+
+    model: str
+    gives_bytes: int  # by sleeping
+    pinned: bool
+    busy: bool  # requests in flight or queued, or an operator waits for it to be awake
+    served: bool
+    priority: int
+    awake_since: float
+    idle_since: float
+
+
+@dataclass
+class Tally:
+    """Bytes of one device that are not spoken for yet. Goes down as wants are looked at, in their order."""
+
+    free_bytes: int
+    coming_bytes: int  # of models that are draining or falling asleep
+
+    def claim(self, needed_bytes: int) -> None:
+        self.free_bytes -= needed_bytes
+        if self.free_bytes < 0 <= self.coming_bytes:
+            self.coming_bytes += self.free_bytes
+            self.free_bytes = 0
+
+
+class Verdict(enum.Enum):
+    NOW = "now"
+    COMING = "coming"  # its room is claimed: others are giving it
+    BLOCKED = "blocked"  # nobody can give now
+
+
+@dataclass(frozen=True)
+class Room:
+    verdict: Verdict
+    sleep: tuple[str, ...] = ()
+    drain: tuple[str, ...] = ()
+    look_at: float = math.inf  # when time alone may change the answer
+
+
+def find_room(
+    needed_bytes: int,
+    tally: Tally,
+    residents: Sequence[Resident],
+    now: float,
+    limits: SchedulerConfig,
+    *,
+    urgent: bool,
+    waits_since: float,
+) -> Room:
+    """Claims from the tally what it finds: now, or once the victims named have slept."""
+    if needed_bytes <= tally.free_bytes:
+        tally.claim(needed_bytes)
+        return Room(Verdict.NOW)
+    if needed_bytes <= tally.free_bytes + tally.coming_bytes:
+        tally.claim(needed_bytes)
+        return Room(Verdict.COMING)
+    missing = needed_bytes - tally.free_bytes - tally.coming_bytes
+    idle = [r for r in residents if not r.pinned and not r.busy]
+    ready = sorted(
+        (r for r in idle if idle_victim_at(r, limits, urgent) <= now),
+        key=lambda r: (r.served, r.idle_since, r.model),
+    )
+    sleep = _enough(ready, missing)
+    if sleep is not None:
+        _give(sleep, needed_bytes, tally)
+        return Room(Verdict.COMING, sleep=tuple(r.model for r in sleep))
+    look_at = min((at for r in idle if (at := idle_victim_at(r, limits, urgent)) > now), default=math.inf)
+    if not urgent:
+        return Room(Verdict.BLOCKED, look_at=look_at)
+    if now < (turn_at := waits_since + limits.max_wait_s):
+        return Room(Verdict.BLOCKED, look_at=min(look_at, turn_at))
+    in_turn = sorted(
+        (r for r in residents if not r.pinned and r.busy and r.awake_since + limits.min_residence_s <= now),
+        key=lambda r: (r.priority, r.awake_since, r.model),
+    )
+    still_missing = missing - sum(r.gives_bytes for r in ready)
+    drain = _enough(in_turn, still_missing)
+    if drain is None:
+        stays = (r.awake_since + limits.min_residence_s for r in residents if not r.pinned)
+        return Room(Verdict.BLOCKED, look_at=min((at for at in stays if at > now), default=look_at))
+    _give([*ready, *drain], needed_bytes, tally)
+    return Room(Verdict.COMING, sleep=tuple(r.model for r in ready), drain=tuple(r.model for r in drain))
+
+
+def idle_victim_at(resident: Resident, limits: SchedulerConfig, urgent: bool) -> float:
+    """When an idle model may be sent to sleep for another."""
+    if not resident.served:
+        return resident.awake_since
+    settled = max(resident.idle_since + limits.sleep_after_s, resident.awake_since + limits.min_residence_s)
+    return min(settled, resident.awake_since + limits.min_residence_s) if urgent else settled
+
+
+def longest_idle(
+    residents: Sequence[Resident], now: float, limits: SchedulerConfig
+) -> tuple[Resident | None, float]:
+    """The model that gives when a busy one wants more KV, and when to look again if there is none yet."""
+    idle = [r for r in residents if not r.pinned and not r.busy]
+    ready = [r for r in idle if r.idle_since + limits.sleep_after_s <= now]
+    if ready:
+        return min(ready, key=lambda r: (r.idle_since, r.model)), now
+    return None, min((r.idle_since + limits.sleep_after_s for r in idle), default=math.inf)
+
+
+def _enough(victims: Sequence[Resident], missing_bytes: int) -> list[Resident] | None:
+    """The first of them that together give what is missing; None if all do not."""
+    chosen: list[Resident] = []
+    for victim in victims:
+        if missing_bytes <= 0:
+            break
+        if victim.gives_bytes > 0:
+            chosen.append(victim)
+            missing_bytes -= victim.gives_bytes
+    return chosen if missing_bytes <= 0 else None
+
+
+def _give(victims: Sequence[Resident], needed_bytes: int, tally: Tally) -> None:
+    tally.coming_bytes += sum(victim.gives_bytes for victim in victims)
+    tally.claim(needed_bytes)

@@ -1,0 +1,301 @@
+"""What the controller knows of models, runtimes, devices and requests, and which moves a runtime may make.
+
+``Fleet`` alone changes runtimes and the charges of devices, ``requests.RequestTable`` alone changes requests;
+everybody else reads. Memory here is an account of promises: a runtime that is mapped is charged its weights, its
+floor of KV and its overhead, whatever it holds at the moment (the ledger knows that). Room that is promised to
+nobody is what a start or a wake may take, so that no two models are woken into the same bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from prism_sgl.config import Config, ModelConfig
+from prism_sgl.config_checks import allowed_devices, one_request_bytes
+from prism_sgl.errors import IllegalMoveError
+from prism_sgl.messages import RequestId, RuntimeFacts, RuntimeId, RuntimeState
+from prism_sgl.schedulers.latency import LatencyEstimate, TokenRate
+from prism_sgl.units import round_up
+
+COLD, STARTING, AWAKE = RuntimeState.COLD, RuntimeState.STARTING, RuntimeState.AWAKE
+DRAINING, ASLEEP, WAKING = RuntimeState.DRAINING, RuntimeState.ASLEEP, RuntimeState.WAKING
+STOPPING, FAILED = RuntimeState.STOPPING, RuntimeState.FAILED
+
+# design.md's table, with three moves more: a drain may be called off (draining -> awake), a wake may find no
+# memory (waking -> asleep), and an operator may end a start that hangs (starting -> stopping).
+LEGAL_MOVES: dict[RuntimeState, frozenset[RuntimeState]] = {
+    COLD: frozenset({STARTING, FAILED}),
+    STARTING: frozenset({AWAKE, STOPPING, FAILED}),
+    AWAKE: frozenset({DRAINING, STOPPING, FAILED}),
+    DRAINING: frozenset({AWAKE, ASLEEP, STOPPING, FAILED}),
+    ASLEEP: frozenset({WAKING, STOPPING, FAILED}),
+    WAKING: frozenset({AWAKE, ASLEEP, STOPPING, FAILED}),
+    STOPPING: frozenset({COLD, FAILED}),
+    FAILED: frozenset({STARTING}),
+}
+_MAPPED = frozenset({STARTING, AWAKE, DRAINING, WAKING})
+_NO_PROCESS = frozenset({COLD, FAILED})
+
+# A dead runtime's last messages may come after the news of its death; ids are never used again.
+_REMEMBERED_EXITS = 1024
+_REMEMBERED_EVENTS = 50
+
+
+class Phase(enum.IntEnum):
+    """How far a request is. It only ever grows."""
+
+    QUEUED = 0
+    GRANTED = 1
+    STARTED = 2
+    ANSWERING = 3  # its first token is out
+    OVER = 4
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One try of a request. Times are of the router's clock; ``arrival`` is the client's, taken from its age."""
+
+    id: RequestId
+    api: str | None  # None: a runtime told of it, its api_server has not yet
+    attempt: int
+    model: str
+    prompt_tokens: int
+    max_new_tokens: int
+    priority: int
+    arrival: float
+    deadline: float
+    queued_at: float
+    phase: Phase = Phase.QUEUED
+    runtime: RuntimeId | None = None
+    device: str | None = None
+    since: float = 0.0  # of its phase
+    rank: int = 0  # place in the device's order of dispatch
+
+
+@dataclass(slots=True, eq=False)
+class Runtime:
+    """The one runtime of a model. The record outlives the process: ``id`` changes with each start."""
+
+    state: RuntimeState = COLD
+    id: RuntimeId | None = None
+    device: str | None = None
+    charged_bytes: int = 0
+    mapped: bool = False  # holds weights and KV, or may do so at any moment
+    known: bool = False  # has said Hello to this controller
+    adopted: bool = False  # started by an earlier router: its state is what its Hello says
+    served: bool = False  # has ever been granted a request
+    since: float = 0.0  # of this state
+    awake_since: float = 0.0
+    idle_since: float = 0.0  # last end of a request, or of the wake
+    ready_since: float = math.inf
+    heard_at: float = 0.0
+    sleep_sent_at: float | None = None
+    wake_sent_at: float | None = None
+    drain_for: str = ""  # the model that wants the room, or "" for an operator
+    wanted_since: float | None = None  # it takes more KV than it gets since then
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One configured model, what was learned of it, and its runtime."""
+
+    name: str
+    config: ModelConfig
+    pinned: bool
+    devices: tuple[str, ...]
+    runtime: Runtime = field(default_factory=Runtime)
+    facts: RuntimeFacts | None = None
+    latency: LatencyEstimate = field(default_factory=LatencyEstimate)
+    rate: TokenRate = field(default_factory=TokenRate)
+    reason: str = ""
+    failure: str = ""  # why it cannot load; requests are refused while this is set and it is failed
+    start_wanted: bool = False  # shall be up though no request waits: preload, restart
+    not_before: float = 0.0  # back-off: no start or wake before
+    retry_at: float = math.inf  # when a model that could not load is tried again by itself
+    crashes: int = 0
+    load_failures: int = 0
+    shortages: int = 0
+    activating_since: float = 0.0
+    wakes: int = 0
+    sleeps: int = 0
+    starts: int = 0
+    last_wake_s: float = 0.0
+    last_sleep_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    name: str
+    budget_bytes: int
+    charged_bytes: int = 0
+    residents: dict[str, Model] = field(default_factory=dict)
+
+    @property
+    def free_bytes(self) -> int:
+        """Negative if facts turned out larger than the estimates that a start went by."""
+        return self.budget_bytes - self.charged_bytes
+
+
+class Fleet:
+    """Owner of all models, runtimes and devices.
+
+    Invariants: a runtime has an id and a device exactly while it may have a process; the charge of a device is
+    the sum of its residents' charges; every state was reached by legal moves, except that of an adopted runtime,
+    which its Hello tells.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._page_bytes = config.memory.kv_page_bytes
+        self.devices = {d.name: Device(d.name, d.memory_bytes) for d in config.devices}
+        self.models = {
+            name: Model(name, m, m.pin, tuple(d.name for d in allowed_devices(config, m)))
+            for name, m in config.models.items()
+        }
+        for model in self.models.values():
+            model.rate = TokenRate(config.scheduler.window_s)
+        self._by_id: dict[RuntimeId, Model] = {}
+        self._exited: OrderedDict[RuntimeId, None] = OrderedDict()
+        self.events: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)
+        self.changed: dict[str, None] = {}  # models to be looked at again, in order
+        self.num_moves = 0
+        self.num_starting = 0
+
+    # ------------------------------------------------------------ reading
+
+    def by_id(self, runtime: RuntimeId) -> Model | None:
+        return self._by_id.get(runtime)
+
+    def has_exited(self, runtime: RuntimeId) -> bool:
+        return runtime in self._exited
+
+    def parse(self, runtime: RuntimeId) -> tuple[Model, Device] | None:
+        """Model and device of an id ``<model>@<device>.<incarnation>``, if both are configured."""
+        name, _, rest = runtime.partition("@")
+        model = self.models.get(name)
+        device = self.devices.get(rest.rpartition(".")[0])
+        return None if model is None or device is None else (model, device)
+
+    def mapped_bytes(self, model: Model) -> int:
+        """Weights + floor of KV + overhead: from the engine's facts, before its first Hello from the files."""
+        if (facts := model.facts) is not None:
+            return facts.weights_bytes + facts.floor_bytes + facts.overhead_bytes
+        floor = model.config.min_kv_bytes or one_request_bytes(model.config)
+        return model.config.weights_bytes + round_up(floor, self._page_bytes)
+
+    def asleep_bytes(self, model: Model) -> int:
+        return model.facts.overhead_bytes if model.facts is not None else 0
+
+    def weights_bytes(self, model: Model) -> int:
+        return model.facts.weights_bytes if model.facts is not None else model.config.weights_bytes
+
+    # ------------------------------------------------------------ moves
+
+    def touch(self, model: Model) -> None:
+        """Something that others decide by has changed: look at this model before the event is over."""
+        self.changed[model.name] = None
+
+    def note(self, line: str) -> None:
+        self.events.append(line)
+
+    def move(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
+        runtime = model.runtime
+        if state not in LEGAL_MOVES[runtime.state]:
+            raise IllegalMoveError(f"{runtime.id or model.name} cannot go from {runtime.state} to {state}")
+        self._enter(model, state, now, why)
+
+    def start(self, model: Model, device: Device, runtime: RuntimeId, now: float, why: str) -> None:
+        """A process is about to be started for it."""
+        assert self.mapped_bytes(model) <= device.free_bytes, "a start needs its room first"
+        self._place(model, device, runtime)
+        self.move(model, STARTING, now, why)
+        model.starts += 1
+
+    def adopt(self, model: Model, device: Device, runtime: RuntimeId, now: float) -> None:
+        """A process of an earlier router: starting for all that we know, until its Hello tells more."""
+        self._place(model, device, runtime)
+        model.runtime.adopted = True
+        self.move(model, STARTING, now, "was there before this router")
+
+    def told(self, model: Model, state: RuntimeState, now: float) -> None:
+        """An adopted runtime says what it is. Not a move: it was there all the time."""
+        assert model.runtime.adopted and not model.runtime.known
+        model.runtime.served = True  # it may have; better to keep it a while than to send it to sleep at once
+        self._enter(model, state, now, "told a new router")
+
+    def learn(self, model: Model, facts: RuntimeFacts) -> None:
+        model.facts = facts
+        self._charge(model)
+
+    def exited(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
+        """Its process is gone: COLD if that was wanted, else FAILED."""
+        runtime = model.runtime
+        assert runtime.id is not None and runtime.device is not None
+        if state is COLD and runtime.state is not STOPPING:
+            self.move(model, STOPPING, now, why)
+        self.move(model, state, now, why)
+        del self._by_id[runtime.id]
+        del self.devices[runtime.device].residents[model.name]
+        self.remember_exit(runtime.id)
+        model.runtime = Runtime(state=runtime.state, since=now, idle_since=now)
+
+    def remember_exit(self, runtime: RuntimeId) -> None:
+        self._exited[runtime] = None
+        while len(self._exited) > _REMEMBERED_EXITS:
+            self._exited.popitem(last=False)
+
+    def _place(self, model: Model, device: Device, runtime: RuntimeId) -> None:
+        assert model.runtime.state in _NO_PROCESS, "a model has one runtime at most"
+        model.runtime = Runtime(state=model.runtime.state, id=runtime, device=device.name)
+        device.residents[model.name] = model
+        self._by_id[runtime] = model
+
+    def _enter(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
+        runtime, old = model.runtime, model.runtime.state
+        self.num_starting += (state is STARTING) - (old is STARTING)
+        self.num_moves += 1
+        runtime.state, runtime.since = state, now
+        runtime.sleep_sent_at = runtime.wake_sent_at = None
+        runtime.drain_for = ""
+        if state in _MAPPED:
+            runtime.mapped = True
+        elif state is not STOPPING:  # a runtime that stops holds what it held until it has exited
+            runtime.mapped = False
+        if state in (STARTING, WAKING):
+            model.activating_since = now
+        elif state is AWAKE and old is not DRAINING:
+            runtime.awake_since = runtime.idle_since = now
+        model.reason = why
+        self._charge(model)
+        self.touch(model)
+        self.note(f"{model.name}: {state} ({why})" if why else f"{model.name}: {state}")
+
+    def _charge(self, model: Model) -> None:
+        runtime = model.runtime
+        if runtime.device is None:
+            return
+        charge = 0
+        if runtime.state not in _NO_PROCESS:
+            charge = self.mapped_bytes(model) if runtime.mapped else self.asleep_bytes(model)
+        self.devices[runtime.device].charged_bytes += charge - runtime.charged_bytes
+        runtime.charged_bytes = charge
+
+    def check(self) -> None:
+        for runtime_id, model in self._by_id.items():
+            assert model.runtime.id == runtime_id
+        for model in self.models.values():
+            runtime = model.runtime
+            assert (runtime.id is None) == (runtime.state in _NO_PROCESS) == (runtime.device is None)
+            assert runtime.id is None or self._by_id[runtime.id] is model
+            assert (runtime.drain_for == "") or runtime.state is DRAINING, (
+                "only a drain has a reason to drain"
+            )
+        for device in self.devices.values():
+            charges = {n: m.runtime.charged_bytes for n, m in device.residents.items()}
+            assert sum(charges.values()) == device.charged_bytes
+            assert all(m.runtime.device == device.name for m in device.residents.values())
+        assert self.num_starting == sum(m.runtime.state is STARTING for m in self.models.values())

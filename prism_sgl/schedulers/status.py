@@ -1,0 +1,59 @@
+"""The controller's state in words and numbers, for people and metrics."""
+
+from __future__ import annotations
+
+from prism_sgl.messages import DeviceStatus, ModelStatus, Status
+from prism_sgl.schedulers.activation import Activation
+from prism_sgl.schedulers.request_table import RequestTable
+from prism_sgl.schedulers.state import COLD, FAILED, STARTING, WAKING, Fleet, Model
+
+_SILENT_S = 10.0  # runtimes beat once a second; the supervisor, not this, decides that one is dead
+
+
+def build(epoch: int, fleet: Fleet, table: RequestTable, activation: Activation, now: float) -> Status:
+    return Status(
+        epoch=epoch,
+        models=[_model(model, table, now) for model in fleet.models.values()],
+        devices=[
+            DeviceStatus(
+                name=device.name,
+                budget_bytes=device.budget_bytes,
+                charged_bytes=device.charged_bytes,
+                kvpr=activation.kvpr(device, now),
+            )
+            for device in fleet.devices.values()
+        ],
+        events=list(fleet.events),
+    )
+
+
+def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
+    runtime = model.runtime
+    return ModelStatus(
+        name=model.name,
+        state=runtime.state,
+        device=runtime.device,
+        runtime=runtime.id,
+        queued=len(table.queued(model.name)),
+        in_flight=len(table.running(runtime.id)),
+        weights_bytes=runtime.weights_bytes,
+        kv_bytes=runtime.kv_bytes,
+        pinned=model.pinned,
+        reason=_reason(model, now),
+        wakes=model.wakes,
+        sleeps=model.sleeps,
+        starts=model.starts,
+        last_wake_s=model.last_wake_s,
+        last_sleep_s=model.last_sleep_s,
+    )
+
+
+def _reason(model: Model, now: float) -> str:
+    runtime = model.runtime
+    if runtime.known and (silent_s := now - runtime.heard_at) > _SILENT_S:
+        return f"silent for {silent_s:.0f} s"
+    if runtime.state in (STARTING, WAKING):
+        return f"{model.reason}; {runtime.state} for {now - runtime.since:.0f} s"
+    if runtime.state in (COLD, FAILED) and not model.reason:
+        return "not loaded yet"
+    return model.reason

@@ -1,0 +1,96 @@
+"""A reclaim of a few pages costs a few pages' worth of prefix cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prism_sgl.engine.page_eviction import evict_pages
+from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
+
+TOKEN = 32 * 1024  # 64 tokens a page
+
+
+@pytest.fixture(params=[1, 16])
+def elastic(request: pytest.FixtureRequest, tmp_path: Path) -> Elastic:
+    made = make_elastic(
+        tmp_path, token_bytes=TOKEN, num_tokens=1600, block_tokens=request.param, budget_pages=30
+    )
+    made.grow(20)
+    return made
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [seed * 100_000 + i for i in range(length)]
+
+
+def give_back(elastic: Elastic, pages: int) -> int:
+    lost = evict_pages(elastic.tree, elastic.allocator, pages)
+    elastic.allocator.check()
+    assert elastic.tree.evictable_size() == elastic.tree.total_size()
+    return lost
+
+
+def test_a_long_prompt_loses_its_tail_only(elastic: Elastic) -> None:
+    elastic.cache(prompt(1, 640))  # ten pages and a bit
+    empty = len(elastic.allocator.empty_pages())
+    lost = give_back(elastic, 2)
+    assert len(elastic.allocator.empty_pages()) == empty + 2
+    assert lost <= 3 * 64
+    assert elastic.cached(prompt(1, 640)) == 640 - lost
+
+
+def test_what_running_requests_hold_stays(elastic: Elastic) -> None:
+    from array import array
+
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    elastic.cache(prompt(1, 320))
+    elastic.cache(prompt(2, 320))
+    held = elastic.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt(1, 320)))))
+    elastic.tree.inc_lock_ref(held.last_device_node)
+    evict_pages(elastic.tree, elastic.allocator, 30)
+    elastic.allocator.check()
+    assert elastic.cached(prompt(1, 320)) == 320
+    # What shares a page with a held token cannot free it, so it is kept.
+    assert elastic.cached(prompt(2, 320)) < 64
+
+
+def test_evicting_everything_empties_every_page(elastic: Elastic) -> None:
+    block = elastic.allocator.page_size
+    shared = prompt(5, 96)
+    for i in range(5):
+        tail = prompt(10 + i, 96)
+        new = elastic.allocator.alloc(96 if i else 192)
+        assert new is not None
+        elastic.allocator.free(new)
+        ids = shared + tail
+        have = elastic.cached(ids)
+        slots = elastic.allocator.alloc(len(ids) - have)
+        assert slots is not None
+        from array import array
+
+        import torch
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        prefix = elastic.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", ids)))).device_indices
+        value = torch.cat((prefix, slots))
+        elastic.tree.insert(InsertParams(key=RadixKey(array("q", ids)), value=value))
+    assert elastic.tree.total_size() == 96 + 5 * 96
+    lost = give_back(elastic, 30)
+    assert lost == 96 + 5 * 96
+    assert elastic.allocator.used_blocks() == 0
+    assert len(elastic.allocator.empty_pages()) * PAGE == elastic.pool.mapped_bytes - PAGE
+    assert block in (1, 16)
+
+
+def test_cheap_pages_go_first(elastic: Elastic) -> None:
+    """A page with a few cached tokens goes before one that would cost a whole shared prefix."""
+    elastic.cache(prompt(1, 304))
+    elastic.cache(prompt(2, 32))
+    lost = give_back(elastic, 1)
+    assert lost <= 128
+    assert elastic.cached(prompt(1, 304)) >= 304 - 128

@@ -1,0 +1,123 @@
+"""The free list holds blocks on mapped pages only, and hands out the lowest first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
+
+TOKEN = 24 * 1024 + 512  # does not divide a page: blocks straddle
+
+
+@pytest.fixture(params=[1, 16])
+def elastic(request: pytest.FixtureRequest, tmp_path: Path) -> Elastic:
+    return make_elastic(
+        tmp_path, token_bytes=TOKEN, num_tokens=1600, block_tokens=request.param, budget_pages=24
+    )
+
+
+def test_available_size_follows_the_mapped_pages(elastic: Elastic) -> None:
+    block = elastic.allocator.page_size
+    before = elastic.allocator.available_size()
+    assert before == (PAGE // (TOKEN * block) - 1) * block
+    elastic.grow(3)
+    assert elastic.allocator.available_size() == (4 * PAGE // (TOKEN * block) - 1) * block
+    elastic.allocator.check()
+
+
+def test_a_failed_alloc_changes_nothing(elastic: Elastic) -> None:
+    available = elastic.allocator.available_size()
+    assert elastic.allocator.alloc(available + elastic.allocator.page_size) is None
+    assert elastic.allocator.available_size() == available
+
+
+def test_lowest_slots_go_first_and_whole_pages_come_free(elastic: Elastic) -> None:
+    block = elastic.allocator.page_size
+    elastic.grow(5)
+    slots = elastic.allocator.alloc(elastic.allocator.available_size())
+    assert slots is not None
+    assert bool((slots[1:] > slots[:-1]).all())
+    elastic.allocator.free(slots)
+    again = elastic.allocator.alloc(10 * block)
+    assert again is not None
+    assert int(again.max()) < 12 * block
+    empty = elastic.allocator.empty_pages()
+    assert empty == sorted(empty, reverse=True)
+    assert set(empty) >= {3, 4, 5}
+
+
+def test_given_back_pages_never_come_back_as_slots(elastic: Elastic) -> None:
+    elastic.grow(5)
+    held = elastic.allocator.alloc(16)
+    assert held is not None
+    given = elastic.allocator.drop_pages(elastic.allocator.empty_pages()[:4])
+    assert given == 4
+    assert elastic.pool.mapped_bytes == 2 * PAGE
+    elastic.allocator.check()
+    rest = elastic.allocator.alloc(elastic.allocator.available_size())
+    assert rest is not None
+    last_byte = (int(torch.cat((held, rest)).max()) + 1) * TOKEN
+    assert last_byte <= 2 * PAGE
+    assert elastic.allocator.alloc(elastic.allocator.page_size) is None
+
+
+def test_virtual_size_counts_the_whole_range(elastic: Elastic) -> None:
+    block = elastic.allocator.page_size
+    assert elastic.allocator.virtual_available_size() == 1600
+    slots = elastic.allocator.alloc(3 * block)
+    assert elastic.allocator.virtual_available_size() == 1600 - 3 * block
+    elastic.grow(2)
+    assert elastic.allocator.virtual_available_size() == 1600 - 3 * block
+    elastic.allocator.free(slots)
+    elastic.allocator.drop_all()
+    assert elastic.allocator.virtual_available_size() == 1600
+    assert elastic.allocator.available_size() == 0
+    assert elastic.pool.mapped_bytes == 0
+    assert elastic.allocator.reopen()
+    assert elastic.allocator.available_size() > 0
+
+
+def test_decode_takes_a_block_only_when_one_is_full(tmp_path: Path) -> None:
+    elastic = make_elastic(tmp_path, token_bytes=TOKEN, num_tokens=1600, block_tokens=16, budget_pages=24)
+    allocator = elastic.allocator
+    lens = torch.tensor([20, 32])
+    last = torch.tensor([16 + 3, 2 * 16 + 15])
+    before = allocator.available_size()
+    out = allocator.alloc_decode(lens + 1, lens + 1, last)
+    assert out is not None
+    assert out[0] == 20  # goes on in its block
+    assert out[1] % 16 == 0  # a fresh one
+    assert before - allocator.available_size() == 16
+
+
+def test_random_work_against_a_set(elastic: Elastic) -> None:
+    """Grow, shrink, alloc and free in a fixed random order; a set of used slots is the model."""
+    rng = np.random.default_rng(7)
+    block = elastic.allocator.page_size
+    used: list[torch.Tensor] = []
+    model: set[int] = set()
+    for _ in range(300):
+        match rng.integers(4):
+            case 0:
+                elastic.allocator.add_blocks(elastic.pool.grow_up_to(int(rng.integers(1, 4))))
+            case 1:
+                empty = [p for p in elastic.allocator.empty_pages() if p > 0]
+                elastic.allocator.drop_pages(empty[: int(rng.integers(0, 3))])
+            case 2:
+                slots = elastic.allocator.alloc(int(rng.integers(1, 8)) * block)
+                if slots is not None:
+                    taken = set(slots.tolist())
+                    assert not taken & model
+                    model |= taken
+                    used.append(slots)
+            case _:
+                if used:
+                    slots = used.pop(int(rng.integers(len(used))))
+                    elastic.allocator.free(slots)
+                    model -= set(slots.tolist())
+        elastic.allocator.check()
+        assert elastic.allocator.used_blocks() * block == len(model)

@@ -1,0 +1,120 @@
+"""The command line against a real HTTP server that answers as ours does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from prism_sgl.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, EXIT_TEMPFAIL, EXIT_UNAVAILABLE, EXIT_USAGE
+from prism_sgl.launch.cli import cli
+from tests.launch.instance import free_port
+from tests.model_folders import write_model
+
+MODELS = [
+    {"name": "chat", "state": "awake", "device": "host0", "weights_bytes": 258 << 20, "kv_bytes": 64 << 20}
+    | {"queued": 3, "reason": ""},
+    {"name": "org/code", "state": "failed", "device": None, "weights_bytes": 0, "kv_bytes": 0, "queued": 0}
+    | {"reason": "exit code 1: RuntimeError: no [such] layer"},
+    {"name": "spare", "state": "cold", "device": None, "weights_bytes": 0, "kv_bytes": 0, "queued": 0},
+]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    asked: list[tuple[str, str | None]]
+
+    def do_GET(self) -> None:
+        self._answer(200, {"models": MODELS})
+
+    def do_POST(self) -> None:
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        if "nobody" in self.path:
+            self._answer(404, {"error": {"message": "no model nobody; ask /v1/models"}})
+        elif "busy" in self.path:
+            self._answer(503, {"error": {"message": "busy is draining"}})
+        else:
+            self._answer(200, {"message": "chat: slept in 0.02 s"})
+
+    def _answer(self, status: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    _Handler.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        monkeypatch.setenv("PRISM_HOST", f"127.0.0.1:{running.server_port}")
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+def test_list_shows_every_model_and_why_one_failed(server: ThreadingHTTPServer) -> None:
+    result = call("list")
+    lines = [line.split() for line in result.output.splitlines()]
+    assert lines[0] == ["NAME", "STATE", "DEVICE", "WEIGHTS", "KV", "QUEUED"]
+    assert lines[1] == ["chat", "awake", "host0", "258MiB", "64MiB", "3"]
+    assert lines[3] == ["spare", "cold", "-", "0B", "0B", "0"]
+    assert "org/code: exit code 1: RuntimeError: no [such] layer" in result.output
+
+
+def test_ps_leaves_out_what_has_no_engine(server: ThreadingHTTPServer) -> None:
+    assert "spare" not in call("ps").output
+
+
+def test_json_is_for_programs(server: ThreadingHTTPServer) -> None:
+    assert json.loads(call("list", "--json").output) == MODELS
+
+
+@pytest.mark.parametrize("verb", ["sleep", "wake", "load", "unload"])
+def test_verbs_ask_the_server(server: ThreadingHTTPServer, verb: str) -> None:
+    result = call("--key", "secret", verb, "org/code")
+    assert (result.exit_code, result.output) == (EXIT_OK, "chat: slept in 0.02 s\n")
+    assert _Handler.asked == [(f"/api/v1/models/org/code/{verb}", "Bearer secret")]
+
+
+def test_exit_codes(server: ThreadingHTTPServer) -> None:
+    refused, later = call("wake", "nobody"), call("wake", "busy")
+    assert (refused.exit_code, refused.output) == (EXIT_FAILURE, "Error: no model nobody; ask /v1/models\n")
+    assert (later.exit_code, later.output) == (EXIT_TEMPFAIL, "Error: busy is draining\n")
+    assert call("no-such-verb").exit_code == EXIT_USAGE
+
+
+def test_unreachable_server_is_69_with_a_remedy() -> None:
+    result = call("--host", f"127.0.0.1:{free_port()}", "ps")
+    assert result.exit_code == EXIT_UNAVAILABLE
+    assert "start a server or set PRISM_HOST" in result.output
+
+
+def test_check_says_what_is_wrong(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", weights_bytes=2, layers=1, kv_heads=1, head_dim=2, context=2)
+    file = tmp_path / "models.toml"
+    file.write_text(
+        f'[[devices]]\nname = "d"\nkind = "host"\nmemory = "1GiB"\n[models.chat]\npath = "{model}"\n'
+    )
+    right = call("check", str(file))
+    assert (right.exit_code, right.output) == (EXIT_OK, f"{file} is right: chat at http://127.0.0.1:30000\n")
+    file.write_text("[sever]\n")
+    wrong = call("serve", "--config", str(file))
+    assert (wrong.exit_code, wrong.stderr) == (
+        EXIT_CONFIG,
+        f"{file}: sever is not a known key; did you mean server?\n",
+    )

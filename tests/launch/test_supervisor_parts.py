@@ -1,0 +1,155 @@
+"""Parts of the supervisor by themselves."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from prism_sgl import addresses
+from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
+from prism_sgl.launch.backoff import Backoff
+from prism_sgl.launch.banner import curl_line, ready_lines
+from prism_sgl.launch.children import describe_exit, last_error
+from prism_sgl.launch.processes import end_sessions, read_stat, session_members
+from prism_sgl.launch.progress import Progress
+from prism_sgl.launch.run_dir import SHM_FOLDER, RunDir, remove_listed
+from prism_sgl.launch.runtimes import build_spec
+from prism_sgl.messages import RuntimeId
+
+RUNTIME = RuntimeId("org/chat@host0.3")
+
+
+def make_config(tmp_path: Path, **server: object) -> Config:
+    return Config(
+        server=ServerConfig(run_dir=str(tmp_path), **server),  # type: ignore[arg-type]
+        memory=MemoryConfig(),
+        scheduler=SchedulerConfig(),
+        devices=(DeviceConfig(name="host0", kind="host", memory_bytes=1 << 30),),
+        models={
+            "org/chat": ModelConfig(
+                name="org/chat", path="/m", aliases=("c",), min_kv_bytes=7, env={"A": "b"}, priority=2
+            )
+        },
+    )
+
+
+def test_backoff_doubles_to_five_seconds_and_forgets_after_a_good_life() -> None:
+    backoff = Backoff()
+    assert [backoff.after(0.0) for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert backoff.after(31.0) == 0.1
+
+
+def test_exit_is_told_in_words() -> None:
+    assert [describe_exit(code) for code in (0, 78, -9)] == [
+        "exit code 0",
+        "exit code 78",
+        "killed by SIGKILL",
+    ]
+
+
+def test_reason_is_the_last_error_of_the_log_not_the_source_above_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        'Traceback\n  File "x"\n    raise ValueError("y")\na.b.SeamError: hook 3 is not attached\nbye\n'
+    )
+    assert last_error(log) == "a.b.SeamError: hook 3 is not attached"
+    log.write_text("models.toml: nothing that looks like an error\n\n")
+    assert last_error(log) == "models.toml: nothing that looks like an error"
+    assert last_error(tmp_path / "none") == ""
+
+
+def test_phases_are_printed_once_and_only_whole_lines(tmp_path: Path) -> None:
+    out = io.StringIO()
+    progress = Progress(out)
+    progress.watch(str(tmp_path), RUNTIME)
+    assert progress.poll() == []
+    file = Path(addresses.phases(str(tmp_path), RUNTIME))
+    file.write_text("load weights 1.5\nnonsense\nready 2")
+    assert progress.poll() == []
+    with file.open("a") as more:
+        more.write(".0\n")
+    assert progress.poll() == [RUNTIME]
+    assert progress.poll() == []
+    lines = [line.split("] ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [f"{RUNTIME}: load weights 1.5 s", f"{RUNTIME}: ready in 2.0 s"]
+
+
+def test_event_is_one_line_whatever_the_reason_holds() -> None:
+    out = io.StringIO()
+    Progress(out).line("chat: ended (\n  two\nlines)")
+    assert out.getvalue().endswith("chat: ended ( two lines)\n")
+
+
+def test_spec_has_all_that_the_worker_needs(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    model, device = config.models["org/chat"], config.devices[0]
+    spec = build_spec(config, RUNTIME, model, device, tmp_path, "/dev/shm/x")
+    assert (spec.floor_bytes, spec.ceiling_bytes, spec.priority, spec.env) == (7, 0, 2, {"A": "b"})
+    assert spec.log_path == f"{tmp_path}/logs/rt-org_chat@host0.3.log"
+    assert (spec.device, spec.device_kind, spec.ledger_path) == ("host0", "host", "/dev/shm/x")
+
+
+def test_ready_lines_give_an_address_that_can_be_asked(tmp_path: Path) -> None:
+    open_to_all = make_config(tmp_path, host="0.0.0.0", api_keys=("k",))
+    lines = list(ready_lines(open_to_all, {}))
+    assert lines[0] == "address: http://127.0.0.1:30000"
+    assert lines[1] == "model: org/chat (c): starts at its first request"
+    assert 'Bearer $PRISM_API_KEY"' in lines[2]
+    assert "http://[::2]:30000/v1" in curl_line(make_config(tmp_path, host="::2"))
+
+
+def test_ended_session_takes_children_that_left_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess\n"
+        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert leader.stdout is not None
+    child = int(leader.stdout.readline())
+    assert session_members(child) == [child]
+    assert sorted(end_sessions([leader.pid])) == sorted([leader.pid, child])
+    assert leader.wait() == -signal.SIGKILL
+    assert session_members(child) == []
+    leader.stdout.close()
+
+
+def test_start_time_tells_a_process_from_the_next_of_its_pid() -> None:
+    ours = read_stat(os.getpid())
+    assert ours is not None
+    assert (ours.session, ours.parent) == (os.getsid(0), os.getppid())
+    assert read_stat(2**22 + 1) is None
+
+
+def test_listed_files_are_removed_only_from_dev_shm(tmp_path: Path) -> None:
+    listed = SHM_FOLDER / f"prism-test-{os.getpid()}.shm"
+    elsewhere = tmp_path / "elsewhere"
+    for file in (listed, elsewhere):
+        file.touch()
+    listing = tmp_path / "rt-a.shm"
+    listing.write_text(f"{listed}\n{elsewhere}\n/dev/shm/../..{elsewhere}\n/dev/shm/none\n")
+    assert remove_listed(listing) == [str(listed)]
+    assert elsewhere.exists()
+    assert not listing.exists()
+    assert remove_listed(listing) == []
+
+
+def test_run_dir_removes_what_a_killed_instance_left(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    ledger = SHM_FOLDER / f"prism_sgl-{os.getuid()}-1-host0.ledger"
+    for file in (path / "router-api.sock", path / "pids", ledger):
+        file.touch()
+    run_dir = RunDir(str(path), 1)
+    run_dir.acquire()
+    assert sorted(run_dir.swept) == sorted([str(path / "router-api.sock"), str(path / "pids"), str(ledger)])
+    assert sorted(entry.name for entry in path.iterdir()) == ["lock", "logs", "tmp"]
+    run_dir.remove()
+    assert not path.exists()
