@@ -318,6 +318,30 @@ def test_example_file_loads_and_names_every_key(tmp_path: Path, model: Path) -> 
             assert key in words or (struct is ModelConfig and key in not_keys), f"{key} is not in the example"
 
 
+def test_configuration_of_the_readme_loads(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "num_gpus", lambda: 0)
+    text = (ROOT / "README.md").read_text().split("```toml\n")[1].split("```")[0]
+    assert len(text.strip().splitlines()) == 5
+    assert list(read(tmp_path, text.replace("~/.cache/prism_sgl/models/smollm2", "MODEL")).models) == [
+        "chat",
+        "code",
+    ]
+
+
+def test_demo_is_too_small_for_its_models(tmp_path: Path) -> None:
+    model = write_model(
+        tmp_path / "model", weights_bytes=269_000_000, layers=30, kv_heads=3, head_dim=64, context=8192
+    )
+    text = (ROOT / "examples" / "demo.toml").read_text()
+    config = read(tmp_path, text.replace("~/.cache/prism_sgl/models/smollm2", str(model)))
+    wanted = sum(
+        m.weights_bytes + (m.max_kv_bytes or config.devices[0].memory_bytes) for m in config.models.values()
+    )
+    assert wanted > config.devices[0].memory_bytes
+
+
 def test_example_slo_keys_are_the_ones_read(tmp_path: Path, model: Path) -> None:
     text = HOST + CHAT + "slo = { ttft_ms = 1500, tpot_ms = 20 }\n"
     assert read(tmp_path, text).models["chat"].slo == Slo(ttft_s=1.5, tpot_s=0.02)

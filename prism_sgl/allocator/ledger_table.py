@@ -124,7 +124,8 @@ class LedgerTable:
 
     def free(self) -> int:
         """What may be reserved. Dead owners count as holders until they are reaped, so no test of life is needed."""
-        return self.budget - sum(_HELD.unpack_from(self._map, _HELD_AT))
+        held: int = sum(_HELD.unpack_from(self._map, _HELD_AT))
+        return self.budget - held
 
     def used_slots(self) -> list[int]:
         return [slot for slot, pid in enumerate(self.column(Column.PID)) if pid]

@@ -90,7 +90,9 @@ class HostArena:
             raise kind(f"{self.name}: cannot map {merged}: {error}") from error
 
     def unmap(self, runs: Sequence[range]) -> None:
-        for run in self._checked(runs, mapped=True):
+        merged = self._checked(runs, mapped=True)
+        self._free_stuck()
+        for run in merged:
             offset, size_bytes = self._bytes_of(run)
             try:
                 self._calls.hide(self.base + offset, size_bytes)

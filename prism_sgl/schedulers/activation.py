@@ -95,10 +95,7 @@ class Activation:
         else:
             self._retries.pop(model.name, None)
         urgent = bool(self._table.queued(model.name)) or self._admin.wants_awake(model)
-        if state is ASLEEP:
-            wanted = urgent
-        else:
-            wanted = state in (COLD, FAILED) and (urgent or model.start_wanted)
+        wanted = (urgent and state is ASLEEP) or ((urgent or model.start_wanted) and state in (COLD, FAILED))
         want = self._wants.get(model.name)
         if not wanted:
             if want is not None:
@@ -188,7 +185,7 @@ class Activation:
         for name in room.drain:
             self._turns[name] = wanting.name
             why = f"{wish} and has waited its time"
-            self._lifecycle.drain(self._fleet.models[name], now, why, wanted_by=wanting.name)
+            self._lifecycle.drain(self._fleet.models[name], now, why)
 
     def _sleep(self, name: str, why: str, now: float) -> None:
         self._lifecycle.drain(self._fleet.models[name], now, why)

@@ -15,7 +15,6 @@ from prism_sgl.schedulers.state import (
     ASLEEP,
     AWAKE,
     COLD,
-    DRAINING,
     FAILED,
     STARTING,
     STOPPING,
@@ -150,5 +149,5 @@ class AdminDesk:
 
     def check(self) -> None:
         for name, waiting in self._waiting.items():
-            assert waiting and name in self._fleet.models
-            assert self._fleet.models[name].runtime.state is not DRAINING or waiting
+            assert waiting, f"no empty list of asks: {name}"
+            assert len(waiting) <= _MOST_ASKS

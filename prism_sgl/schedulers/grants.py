@@ -119,7 +119,8 @@ class Granter:
 
     def _grant(self, model: Model, request: Request, now: float) -> None:
         runtime = model.runtime
-        assert runtime.id is not None and runtime.device is not None
+        assert runtime.id is not None
+        assert runtime.device is not None
         self._table.grant(request, runtime.id, runtime.device, now)
         runtime.served = True
         model.rate.add(request.prompt_tokens, now)

@@ -81,13 +81,15 @@ class Lifecycle:
         self._out.supervisor(StopRuntime(runtime=model.runtime.id, reason=why))
 
     def wake(self, model: Model, now: float, why: str) -> None:
+        device = self._fleet.devices[model.runtime.device or ""]
+        needed_bytes = self._fleet.mapped_bytes(model) - model.runtime.charged_bytes
+        assert needed_bytes <= device.free_bytes, "a wake needs its room first"
         self._fleet.move(model, WAKING, now, why)
         self._send_wake(model, now)
 
-    def drain(self, model: Model, now: float, why: str, *, wanted_by: str = "") -> None:
+    def drain(self, model: Model, now: float, why: str) -> None:
         """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is."""
         self._fleet.move(model, DRAINING, now, why)
-        model.runtime.drain_for = wanted_by
         self.sleep_if_drained(model, now)
 
     def sleep_if_drained(self, model: Model, now: float) -> None:

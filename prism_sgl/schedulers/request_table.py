@@ -66,7 +66,8 @@ class RequestTable:
     # ------------------------------------------------------------ changing
 
     def queue(self, request: Request) -> None:
-        assert request.id not in self._live and request.phase is Phase.QUEUED
+        assert request.id not in self._live
+        assert request.phase is Phase.QUEUED
         self._live[request.id] = request
         self._queues.setdefault(request.model, {})[request.id] = request
         self._index_api(request)
@@ -115,7 +116,8 @@ class RequestTable:
         if request.phase is Phase.QUEUED:
             self._take(self._queues, request.model, request)
         else:
-            assert request.runtime is not None and request.device is not None
+            assert request.runtime is not None
+            assert request.device is not None
             self._take(self._running, request.runtime, request)
             if request.phase is not Phase.ANSWERING:
                 self._take(self._unanswered, request.device, request)
@@ -160,11 +162,13 @@ class RequestTable:
     def check(self) -> None:
         queued = {i for queue in self._queues.values() for i in queue}
         flying = {i for running in self._running.values() for i in running}
-        assert not queued & flying and queued | flying == set(self._live)
+        assert not queued & flying
+        assert queued | flying == set(self._live)
         assert len(queued) + len(flying) == sum(map(len, (*self._queues.values(), *self._running.values())))
         waiting = {i for bucket in self._unanswered.values() for i in bucket}
         for number, request in self._live.items():
-            assert request.id == number and 1 <= request.attempt <= 2
+            assert request.id == number
+            assert 1 <= request.attempt <= 2
             assert (request.phase is Phase.QUEUED) == (number in queued)
             assert (number in waiting) == (request.phase in (Phase.GRANTED, Phase.STARTED))
             assert request.api is None or number in self._by_api[request.api]

@@ -130,12 +130,13 @@ class RequestDesk:
     # ------------------------------------------------------------ a request's way
 
     def submit(self, api: str, message: Submit, now: float) -> None:
+        if self._table.is_over(message.request, message.attempt):
+            return
         model = self._fleet.models.get(message.model)
         if model is None:
             text = f"no model {message.model}; GET /v1/models lists those there are"
+            self._table.remember_end(message.request, message.attempt)
             self._out.api(api, _refusal(message, 404, "model_not_found", text))
-            return
-        if self._table.is_over(message.request, message.attempt):
             return
         old = self._table.get(message.request)
         if old is not None:

@@ -94,7 +94,6 @@ class Runtime:
     heard_at: float = 0.0
     sleep_sent_at: float | None = None
     wake_sent_at: float | None = None
-    drain_for: str = ""  # the model that wants the room, or "" for an operator
     wanted_since: float | None = None  # it takes more KV than it gets since then
     weights_bytes: int = 0
     kv_bytes: int = 0
@@ -223,7 +222,8 @@ class Fleet:
 
     def told(self, model: Model, state: RuntimeState, now: float) -> None:
         """An adopted runtime says what it is. Not a move: it was there all the time."""
-        assert model.runtime.adopted and not model.runtime.known
+        assert model.runtime.adopted
+        assert not model.runtime.known
         model.runtime.served = True  # it may have; better to keep it a while than to send it to sleep at once
         self._enter(model, state, now, "told a new router")
 
@@ -234,7 +234,8 @@ class Fleet:
     def exited(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
         """Its process is gone: COLD if that was wanted, else FAILED."""
         runtime = model.runtime
-        assert runtime.id is not None and runtime.device is not None
+        assert runtime.id is not None
+        assert runtime.device is not None
         if state is COLD and runtime.state is not STOPPING:
             self.move(model, STOPPING, now, why)
         self.move(model, state, now, why)
@@ -260,7 +261,6 @@ class Fleet:
         self.num_moves += 1
         runtime.state, runtime.since = state, now
         runtime.sleep_sent_at = runtime.wake_sent_at = None
-        runtime.drain_for = ""
         if state in _MAPPED:
             runtime.mapped = True
         elif state is not STOPPING:  # a runtime that stops holds what it held until it has exited
@@ -291,9 +291,8 @@ class Fleet:
             runtime = model.runtime
             assert (runtime.id is None) == (runtime.state in _NO_PROCESS) == (runtime.device is None)
             assert runtime.id is None or self._by_id[runtime.id] is model
-            assert (runtime.drain_for == "") or runtime.state is DRAINING, (
-                "only a drain has a reason to drain"
-            )
+            assert runtime.sleep_sent_at is None or runtime.state is DRAINING
+            assert runtime.wake_sent_at is None or runtime.state is WAKING
         for device in self.devices.values():
             charges = {n: m.runtime.charged_bytes for n, m in device.residents.items()}
             assert sum(charges.values()) == device.charged_bytes

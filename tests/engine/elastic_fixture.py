@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prism_sgl.allocator.ledger import Ledger
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from prism_sgl.allocator.elastic_pool import ElasticPool
+from prism_sgl.allocator.ledger import Ledger
 from prism_sgl.allocator.page_pool import PagePool
 from prism_sgl.allocator.vmm_host import HostArena
 from prism_sgl.engine.slots import ElasticAllocator, build_allocator

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from prism_sgl.allocator import doorbell
+from prism_sgl.allocator.ledger import Kind, Ledger, OwnerView, Target
+from prism_sgl.allocator.reclaim import choose_victims
+from prism_sgl.messages import RuntimeState
+from tests.allocator.conftest import join
+
+NOW_NS = 1_000
+
+
+def owner(
+    slot: int,
+    *,
+    kv: int,
+    floor: int = 0,
+    busy: bool = True,
+    priority: int = 0,
+    idle_since_ns: int = 0,
+    target: Target | None = None,
+    state: RuntimeState = RuntimeState.AWAKE,
+    alive: bool = True,
+) -> OwnerView:
+    return OwnerView(
+        slot=slot,
+        epoch=1,
+        pid=slot + 1,
+        name=f"model{slot}",
+        bell="",
+        alive=alive,
+        state=state,
+        priority=priority,
+        weights=0,
+        kv=kv,
+        overhead=0,
+        floor=floor,
+        ceiling=1000,
+        busy=busy,
+        wanted=0,
+        idle_since_ns=idle_since_ns,
+        target=target,
+    )
+
+
+def chosen(me: OwnerView, others: Sequence[OwnerView], granules: int) -> list[tuple[int, int]]:
+    claims = choose_victims(me, [me, *others], granules, NOW_NS)
+    return [(claim.victim.slot, claim.granules) for claim in claims]
+
+
+HUNGRY = owner(0, kv=0, floor=10)  # below its floor
+SATED = owner(0, kv=10, floor=10)
+
+
+def test_idle_ones_first_then_low_priority_then_large_surplus() -> None:
+    others = [
+        owner(1, kv=5, priority=1),
+        owner(2, kv=5),
+        owner(3, kv=6),
+        owner(4, kv=5, busy=False, idle_since_ns=20, priority=-5),
+        owner(5, kv=5, busy=False, idle_since_ns=10, priority=5),
+    ]
+    assert chosen(HUNGRY, others, 100) == [(5, 5), (4, 5), (3, 6), (2, 5), (1, 5)]
+    assert chosen(HUNGRY, others, 7) == [(5, 5), (4, 2)]
+    assert chosen(HUNGRY, others, 0) == []
+    assert chosen(HUNGRY, others, -3) == []
+
+
+def test_nobody_is_asked_below_its_floor_or_for_the_same_granules_twice() -> None:
+    pending = Target(granules=6, seq=1, deadline_ns=NOW_NS + 1)
+    others = [
+        owner(1, kv=10, floor=10),
+        owner(2, kv=5, floor=10),
+        owner(3, kv=10, floor=4, target=pending),
+    ]
+    assert chosen(HUNGRY, others, 100) == [(3, 2)]
+
+
+def test_who_cannot_answer_is_not_asked() -> None:
+    others = [
+        owner(1, kv=5, alive=False),
+        owner(2, kv=5, state=RuntimeState.STARTING),
+        owner(3, kv=5, state=RuntimeState.ASLEEP),
+        owner(4, kv=5, target=Target(granules=4, seq=1, deadline_ns=NOW_NS)),  # overdue: slow already
+        owner(5, kv=5, state=RuntimeState.DRAINING),
+    ]
+    assert chosen(HUNGRY, others, 100) == [(5, 5)]
+
+
+def test_one_above_its_floor_takes_from_the_idle_and_from_lower_priorities() -> None:
+    others = [
+        owner(1, kv=5, busy=False, priority=9),
+        owner(2, kv=5, priority=-1),
+        owner(3, kv=50, priority=1),
+    ]
+    assert chosen(SATED, others, 100) == [(1, 5), (2, 5)]
+
+
+def test_equals_share_with_a_gap() -> None:
+    me = owner(0, kv=20, floor=10)
+    assert chosen(me, [owner(1, kv=31)], 100) == [(1, 10)]  # surplus 31 - 10 > 2 * 10
+    assert chosen(me, [owner(1, kv=12)], 100) == []
+    # Whoever has just been given to is not asked back: no ping-pong.
+    after_me, after_other = owner(0, kv=30, floor=10), owner(1, kv=21)
+    assert chosen(after_other, [after_me], 100) == []
+    assert chosen(after_me, [after_other], 100) == []
+    # What was promised to others already does not count as surplus any more.
+    asked = owner(1, kv=31, target=Target(granules=13, seq=1, deadline_ns=NOW_NS + 1))
+    assert chosen(me, [asked], 100) == [(1, 1)]
+
+
+# ---------------------------------------------------------------- in the ledger
+
+
+def test_a_target_is_posted_rung_and_answered(ledger: Ledger, tmp_path: Path) -> None:
+    bell = doorbell.Doorbell(str(tmp_path / "bell"))
+    victim = join(ledger, "victim", bell=bell.path)
+    asker = join(ledger, "asker", floor=20)
+    assert victim.try_reserve(Kind.KV, 100)
+    assert victim.target() is None
+    (posted,) = asker.post_targets(20, 60.0)
+    assert (posted.name, posted.granules) == ("victim", 20)
+    assert bell.wait(60)
+    bell.close()
+    target = victim.target()
+    assert target == posted.target
+    assert target is not None
+    assert target.granules == 80
+    assert not target.overdue(time.monotonic_ns())
+    assert target.overdue(target.deadline_ns)
+    victim.release(Kind.KV, 15)
+    assert victim.target() == target
+    victim.release(Kind.KV, 5)  # reached: answered by itself
+    assert victim.target() is None
+
+
+def test_two_askers_add_up_and_one_that_asks_again_does_not(ledger: Ledger) -> None:
+    victim = join(ledger, "victim", floor=10)
+    first, second = join(ledger, "first", floor=90), join(ledger, "second", floor=90)
+    assert victim.try_reserve(Kind.KV, 100)
+    assert [p.target.granules for p in first.post_targets(20, 60.0)] == [80]
+    assert [p.target.granules for p in second.post_targets(30, 60.0)] == [50]
+    assert first.post_targets(20, 60.0) == []
+    assert second.post_targets(30, 60.0) == []
+    victim.release(Kind.KV, 10)
+    assert first.try_reserve(Kind.KV, 10)
+    assert first.post_targets(10, 60.0) == []  # the rest of its first ask is still coming
+    assert [(p.granules, p.target.granules) for p in second.post_targets(100, 60.0)] == [(40, 10)]
+    target = victim.target()
+    assert target is not None
+    assert target.granules == 10
+
+
+def test_an_answer_counts_for_its_own_target_only(ledger: Ledger) -> None:
+    victim = join(ledger, "victim")
+    asker = join(ledger, "asker", floor=90)
+    assert victim.try_reserve(Kind.KV, 100)
+    (early,) = asker.post_targets(10, 60.0)
+    (late,) = asker.post_targets(30, 60.0)
+    victim.answer_target(early.target.seq)
+    assert victim.target() == late.target
+    victim.answer_target(late.target.seq + 1)
+    assert victim.target() == late.target
+    victim.answer_target(late.target.seq)
+    assert victim.target() is None
+    assert len(asker.post_targets(30, 60.0)) == 1  # not given, so asked for again
+
+
+def test_what_comes_free_waits_for_whoever_asked(ledger: Ledger) -> None:
+    victim = join(ledger, "victim", floor=10)
+    asker = join(ledger, "asker", floor=20)
+    assert victim.try_reserve(Kind.KV, 100)
+    asker.post_targets(20, 60.0)
+    victim.release(Kind.KV, 20)
+    # A busy victim would take it back at once.
+    assert not victim.try_reserve(Kind.KV, 1)
+    assert victim.reserve_up_to(Kind.KV, 5) == 0
+    assert asker.try_reserve(Kind.KV, 15)
+    assert not victim.try_reserve(Kind.KV, 1)
+    asker.set_activity(True, 0, 0)  # wants no more
+    assert victim.try_reserve(Kind.KV, 5)
+
+
+def test_what_an_owner_may_claim_by_right_does_not_wait(ledger: Ledger) -> None:
+    asker, other = join(ledger, "asker", floor=20), join(ledger, "other", floor=10)
+    asker.post_targets(95, 60.0)
+    assert other.reserve_up_to(Kind.KV, 20) == 10
+    assert other.try_reserve(Kind.WEIGHTS, 5)
+
+
+def test_of_two_that_borrow_the_first_to_ask_goes_first(ledger: Ledger) -> None:
+    victim, first, second = (join(ledger, name) for name in ("victim", "first", "second"))
+    assert victim.try_reserve(Kind.KV, 100)
+    first.post_targets(10, 60.0)
+    second.post_targets(10, 60.0)
+    first.post_targets(10, 60.0)  # asking again keeps the place
+    victim.release(Kind.KV, 10)
+    assert not second.try_reserve(Kind.KV, 10)
+    assert first.try_reserve(Kind.KV, 10)
+    victim.release(Kind.KV, 10)
+    assert second.try_reserve(Kind.KV, 10)
+
+
+def test_an_ask_ends_with_its_time_or_its_owner(ledger: Ledger) -> None:
+    victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=50)
+    asker.post_targets(50, 0.0)
+    assert victim.try_reserve(Kind.KV, 100)
+    victim.release(Kind.KV, 100)
+    asker.post_targets(50, 60.0)
+    assert not victim.try_reserve(Kind.KV, 100)
+    asker.leave()
+    assert victim.try_reserve(Kind.KV, 100)
+
+
+@pytest.mark.parametrize("floor", [70, 90])
+def test_a_target_follows_a_raised_floor(ledger: Ledger, floor: int) -> None:
+    victim, asker = join(ledger, "victim", floor=10), join(ledger, "asker", floor=50)
+    assert victim.try_reserve(Kind.KV, 100)
+    asker.post_targets(20, 60.0)
+    victim.set_quota(floor, 100)
+    target = victim.target()
+    assert target is not None
+    assert target.granules == max(80, floor)
+
+
+def test_a_lowered_ceiling_is_a_target_without_a_deadline(ledger: Ledger) -> None:
+    owner = join(ledger, "chat")
+    assert owner.try_reserve(Kind.KV, 50)
+    owner.set_quota(0, 30)
+    target = owner.target()
+    assert target is not None
+    assert target.granules == 30
+    assert not target.overdue(time.monotonic_ns())
+    ledger.check()
+    owner.release(Kind.KV, 20)
+    assert owner.target() is None
