@@ -209,6 +209,7 @@ class Status(Message, frozen=True):
     models: list[ModelStatus]
     devices: list[DeviceStatus]
     events: list[str] = []  # newest last: "chat: slept in 0.021 s (idle 46 s, code wants memory)"
+    undecodable: int = 0  # frames that the router could not read and dropped
 
 
 RouterToApi = Introduce | Grant | Refuse | Lost | AdminReply | Status

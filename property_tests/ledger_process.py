@@ -96,9 +96,11 @@ class _Worker:
     def shrink(self, num_pages: int) -> int:
         """Give back the highest pages; returns how many."""
         assert self.pool
+        if not self.pool.is_open:
+            return 0
         pages = sorted(p for p in self.pool.pages.mapped_pages if not self.pool.pages.is_pinned(p))
         chosen = pages[len(pages) - num_pages :] if num_pages < len(pages) else pages
-        self.pool.shrink([range(p, p + 1) for p in chosen] if self.pool.is_open else [])
+        self.pool.shrink([range(p, p + 1) for p in chosen])
         return len(chosen)
 
     def reserve(self, granules: int) -> bool:
@@ -121,7 +123,7 @@ class _Worker:
         target = self.owner.target()
         if target is None:
             return 0
-        given = self.shrink(max(0, self.owner.held(Kind.KV) - target.granules)) if self.pool.is_open else 0
+        given = self.shrink(max(0, self.owner.held(Kind.KV) - target.granules))
         self.owner.answer_target(target.seq)
         return given
 

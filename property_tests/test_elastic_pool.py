@@ -183,4 +183,4 @@ def _flat(ranges: list[range]) -> list[int]:
 
 
 TestElasticPool = ElasticPoolMachine.TestCase
-TestElasticPool.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
+TestElasticPool.settings = settings(max_examples=200, stateful_step_count=25, deadline=None, derandomize=True)

@@ -213,5 +213,5 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerProcesses = LedgerMachine.TestCase
 TestLedgerProcesses.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=25, deadline=None, derandomize=True
 )

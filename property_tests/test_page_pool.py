@@ -79,4 +79,4 @@ def _flat(ranges: list[range]) -> list[int]:
 
 
 TestPagePool = PagePoolMachine.TestCase
-TestPagePool.settings = settings(max_examples=60, stateful_step_count=20, deadline=None, derandomize=True)
+TestPagePool.settings = settings(max_examples=150, stateful_step_count=20, deadline=None, derandomize=True)

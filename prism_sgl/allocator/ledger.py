@@ -134,7 +134,9 @@ class Ledger:
         self.close()
 
     def _dead_slots(self) -> list[int]:
-        return [slot for slot in self._table.used_slots() if not self._table.lives.is_held(slot)]
+        used = self._table.used_slots()
+        alive = self._table.lives.held_of(used)
+        return [slot for slot in used if slot not in alive]
 
     def _reap_empty(self) -> None:
         """Free the slots of dead owners that held nothing: no device needs to be asked about them."""

@@ -132,17 +132,20 @@ class LedgerTable:
 
     def totals(self) -> Totals:
         held = self._held_by_slot()
-        alive = {slot: self.lives.is_held(slot) for slot in self.used_slots()}
-        leased = sum(held[slot] for slot, lives in alive.items() if lives)
-        returning = sum(held[slot] for slot, lives in alive.items() if not lives)
+        used = self.used_slots()
+        alive = self.lives.held_of(used)
+        leased = sum(held[slot] for slot in alive)
+        returning = sum(held[slot] for slot in used if slot not in alive)
         return Totals(self.budget, leased, returning, self.budget - leased - returning)
 
     def owners(self) -> list[OwnerView]:
         words = self._all_words()
-        return [self._view(slot, words) for slot in self.used_slots()]
+        used = self.used_slots()
+        alive = self.lives.held_of(used)
+        return [self._view(slot, words, slot in alive) for slot in used]
 
     def owner(self, slot: int) -> OwnerView:
-        return self._view(slot, self._all_words())
+        return self._view(slot, self._all_words(), self.lives.is_held(slot))
 
     def _all_words(self) -> tuple[int, ...]:
         return _ALL.unpack_from(self._map, Header.NUM_WORDS * 8)
@@ -152,7 +155,7 @@ class LedgerTable:
         columns = [held[kind * NUM_SLOTS : (kind + 1) * NUM_SLOTS] for kind in Kind]
         return [sum(of_slot) for of_slot in zip(*columns, strict=True)]
 
-    def _view(self, slot: int, words: tuple[int, ...]) -> OwnerView:
+    def _view(self, slot: int, words: tuple[int, ...], alive: bool) -> OwnerView:
         of_slot = words[slot::NUM_SLOTS]  # indexed by Column
         name, bell = self.text(slot)
         target = None
@@ -166,7 +169,7 @@ class LedgerTable:
             pid=of_slot[Column.PID],
             name=name,
             bell=bell,
-            alive=self.lives.is_held(slot),
+            alive=alive,
             state=STATES[of_slot[Column.STATE]],
             priority=of_slot[Column.PRIORITY],
             weights=of_slot[Column.WEIGHTS],

@@ -220,6 +220,8 @@ class Activation:
 
     def _settle_excess(self, device: Device, tally: Tally, now: float) -> None:
         """Facts turned out larger than the files told: idle models give until the account is even."""
+        if any(m.runtime.adopted and not m.runtime.known for m in device.residents.values()):
+            return  # charged as if awake until its Hello, so the excess may be none
         residents = self._residents(device, None)
         room = find_room(0, tally, residents, now, self._limits, urgent=True, waits_since=math.inf)
         self._look_at = min(self._look_at, room.look_at)

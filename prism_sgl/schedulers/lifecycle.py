@@ -246,8 +246,9 @@ class Lifecycle:
         runtime = model.runtime
         if runtime.state is DRAINING and runtime.sleep_sent_at is not None:
             self._fleet.move(model, AWAKE, now, f"would not sleep: {message.reason}")
-            runtime.idle_since = now  # it was not idle: not asked again at once
-            runtime.awake_since = now
+            # It was not idle: not asked again at once, as one that never served would be.
+            runtime.idle_since = runtime.awake_since = now
+            runtime.served = True
 
     def woke(self, model: Model, message: Woke, now: float) -> None:
         if model.runtime.state is not WAKING:

@@ -123,7 +123,8 @@ class World:
         epoch = self.epoch
 
         def arrive() -> None:
-            if epoch == self.epoch or not self.costs.dies_with_router(link, number):
+            routed = link.startswith("router-") or link.endswith("-router")
+            if epoch == self.epoch or not (routed and self.costs.dies_with_router(link, number)):
                 deliver()
 
         for _ in range(self.costs.copies(link, number)):

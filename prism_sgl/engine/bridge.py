@@ -1,0 +1,408 @@
+"""An ASGI app behind ZeroMQ: what an HTTP server is to others, this is to the app of one runtime.
+
+api_servers send Forward and get Head and Chunks back, straight to the one that asked. Flow is by credit: when
+an api_server has not returned any, the app's ``send`` waits, so a client that reads slowly stops its own answer
+and nothing else, and at most ``Forward.credit`` chunks of it exist outside the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import traceback
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import unquote
+
+import zmq
+
+from prism_sgl import addresses, messages
+from prism_sgl.messages import (
+    Broke,
+    Cancel,
+    Chunk,
+    Credit,
+    Finished,
+    FirstToken,
+    Forward,
+    Head,
+    Ping,
+    Pong,
+    RequestKey,
+    RuntimeId,
+    RuntimeToApi,
+    Started,
+)
+
+log = logging.getLogger(__name__)
+
+AsgiMessage = MutableMapping[str, Any]
+AsgiApp = Callable[
+    [
+        MutableMapping[str, Any],
+        Callable[[], Awaitable[AsgiMessage]],
+        Callable[[AsgiMessage], Awaitable[None]],
+    ],
+    Awaitable[None],
+]
+
+# SGLang aborts a request 2 s after its client has gone; an app that has not ended by then is cancelled.
+_CANCEL_GRACE_S = 5.0
+# api_servers ping every 2 s while we answer for them; one that is silent so long has no clients any more.
+_PEER_SILENT_S = 15.0
+_LOOK_EVERY_S = 2.0
+_REMEMBERED = 10_000
+_READ_BATCH = 256
+_USAGE_BYTES = 4096
+_USAGE = re.compile(rb'"(prompt_tokens|cached_tokens|completion_tokens)"\s*:\s*(\d{1,12})')
+
+
+class _Exchange:
+    """One request at the app: its ASGI ``receive`` and ``send``."""
+
+    def __init__(self, bridge: AsgiBridge, peer: bytes, forward: Forward, body: bytes) -> None:
+        self.key = RequestKey(forward.request, forward.attempt)
+        self.peer = peer
+        self.counted = forward.counted
+        self.path = forward.path
+        self.gone = False  # the client, or the api_server
+        self.complete = False  # the last chunk is out, or the runtime gave up
+        self.status = 0
+        self.tail = b""
+        self.began = bridge.loop.time()
+        self.task: asyncio.Task[None] | None = None
+        self._bridge = bridge
+        self._body: bytes | None = body
+        self._credit = forward.credit
+        self._refill: asyncio.Future[None] | None = None
+        self._disconnect = asyncio.Event()
+        self._seq = 0
+
+    async def receive(self) -> AsgiMessage:
+        if (body := self._body) is not None:
+            self._body = None
+            return {"type": "http.request", "body": body, "more_body": False}
+        # Starlette polls this under a cancelled scope: an event is not used up by a wait that is cancelled.
+        await self._disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: AsgiMessage) -> None:
+        if self.gone:
+            return  # as HTTP servers do: the app learns of it by receive
+        if self.complete:
+            raise RuntimeError("the app sent more after its last chunk")
+        match message["type"]:
+            case "http.response.start":
+                self.status = message["status"]
+                headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+                self._reply(Head, status=self.status, headers=headers)
+            case "http.response.body":
+                last = not message.get("more_body", False)
+                if body := bytes(message.get("body", b"")):
+                    await self._send_body(body, last)
+                elif last:
+                    await self._send_body(b"", last)
+            case other:
+                raise RuntimeError(f"ASGI message {other!r} is not supported")
+
+    async def _send_body(self, body: bytes, last: bool) -> None:
+        if self.status == 0:
+            raise RuntimeError("the app sent a body before http.response.start")
+        while self._credit <= 0 and not self.gone:
+            self._refill = self._bridge.loop.create_future()
+            try:
+                await self._refill
+            finally:
+                self._refill = None
+        if self.gone:
+            return
+        self._credit -= 1
+        seq, self._seq = self._seq, self._seq + 1
+        if body:
+            if seq == 0:
+                self._bridge.first_byte(self)
+            self.tail = body[-_USAGE_BYTES:] if len(body) >= _USAGE_BYTES else self.tail[-_USAGE_BYTES:] + body
+        self._reply(Chunk, body, seq=seq, last=last)
+        if last:
+            self._bridge.end(self, "ok" if self.status < 400 else "error")
+
+    def _reply(self, kind: type[Head] | type[Chunk], body: bytes | None = None, **fields: Any) -> None:
+        message = kind(request=self.key.request, attempt=self.key.attempt, **fields)
+        self._bridge.reply(self, message, body)
+
+    def refill(self, chunks: int) -> None:
+        self._credit += chunks
+        if self._credit > 0:
+            self._wake()
+
+    def disconnect(self) -> None:
+        """The client has gone. Also called at the end of an answer, where HTTP servers say so too."""
+        self._disconnect.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._refill is not None and not self._refill.done():
+            self._refill.set_result(None)
+
+
+class AsgiBridge:
+    """Owner of the requests at the app. All of it happens on the loop in which it was started.
+
+    A key (request, attempt) runs at most once: a Forward of one that runs or ran is dropped. A request is over
+    when its last chunk is out, though its app task may live on (SGLang's stays for 2 s); a cancelled one is
+    over when its task has ended, because only then has the engine let go of it.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApp,
+        runtime: RuntimeId,
+        run_dir: str,
+        on_event: Callable[[Started | FirstToken | Finished], None],
+    ) -> None:
+        self.undecodable = 0
+        self.repeated = 0
+        self.undeliverable = 0
+        self.awake = True  # set False before the engine sleeps: then nothing that needs a forward is let in
+        self._app = app
+        self._runtime = runtime
+        self._address = addresses.runtime_requests(run_dir, runtime)
+        self._on_event = on_event
+        self._running: dict[RequestKey, _Exchange] = {}
+        self._over: OrderedDict[RequestKey, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard_at: dict[bytes, float] = {}
+        self._is_reading = False
+        self._is_scheduled = False
+        self._stopped = True
+
+    @property
+    def running(self) -> list[RequestKey]:
+        """Generations that are being answered."""
+        return [key for key, exchange in self._running.items() if exchange.counted]
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        # High-water marks would drop or block; what is under way is bounded by grants and credit.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(self._address)
+        self._fd = self._socket.getsockopt(zmq.FD)
+        self._stopped = False
+        self.loop.add_reader(self._fd, self._read)
+        self._read()
+        self._look()
+
+    async def stop(self) -> None:
+        """Ends every request; the app's tasks are cancelled and awaited."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._timer.cancel()
+        self.loop.remove_reader(self._fd)
+        for exchange in self._running.values():
+            exchange.gone = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._context.term()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # ------------------------------------------------------------ from api_servers
+
+    def _read(self) -> None:
+        # zmq's descriptor tells of changes only, so read until nothing is left; but let others have a turn.
+        self._is_scheduled = False
+        if self._stopped or self._is_reading:
+            return
+        self._is_reading = True
+        try:
+            for _ in range(_READ_BATCH):
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    return
+                self._take(frames)
+            self._schedule()
+        finally:
+            self._is_reading = False
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_soon(self._read)
+
+    def _take(self, frames: list[bytes]) -> None:
+        peer, *rest = frames
+        self._heard_at[peer] = self.loop.time()
+        try:
+            message = messages.decode_api_to_runtime(rest[0])
+            if isinstance(message, Forward) != (len(rest) == 2):
+                raise messages.DECODE_ERRORS[0]("a Forward has two frames, others one")
+        except (*messages.DECODE_ERRORS, IndexError):
+            self.undecodable += 1
+            if self.undecodable == 1:
+                log.warning("dropped a frame that does not decode; more are only counted")
+            return
+        match message:
+            case Forward():
+                self._forward(peer, message, rest[1])
+            case Credit(request=request, attempt=attempt, chunks=chunks):
+                if exchange := self._running.get(RequestKey(request, attempt)):
+                    exchange.refill(chunks)
+            case Cancel(request=request, attempt=attempt):
+                if exchange := self._running.get(RequestKey(request, attempt)):
+                    self._cancel(exchange)
+            case Ping():
+                running = [key for key, exchange in self._running.items() if exchange.peer == peer]
+                self._send(peer, Pong(runtime=self._runtime, running=running))
+
+    def _forward(self, peer: bytes, forward: Forward, body: bytes) -> None:
+        exchange = _Exchange(self, peer, forward, body)
+        if exchange.key in self._running or exchange.key in self._over:
+            self.repeated += 1
+            return
+        self._running[exchange.key] = exchange
+        if forward.counted and not self.awake:
+            self._break(exchange, "the model is asleep")
+            return
+        self._report(exchange, Started)
+        task = self.loop.create_task(self._serve(exchange, forward))
+        exchange.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cancel(self, exchange: _Exchange) -> None:
+        if exchange.gone:
+            return
+        exchange.gone = True
+        exchange.disconnect()
+        if exchange.task is not None:
+            self.loop.call_later(_CANCEL_GRACE_S, exchange.task.cancel)
+
+    def _look(self) -> None:
+        """Cancel the requests of api_servers that have died without a word."""
+        now = self.loop.time()
+        alive = {exchange.peer for exchange in self._running.values()}
+        for peer in [peer for peer in self._heard_at if peer not in alive]:
+            del self._heard_at[peer]
+        for exchange in list(self._running.values()):
+            if now - self._heard_at.get(exchange.peer, now) > _PEER_SILENT_S:
+                self._cancel(exchange)
+        self._timer = self.loop.call_later(_LOOK_EVERY_S, self._look)
+
+    # ------------------------------------------------------------ the app
+
+    async def _serve(self, exchange: _Exchange, forward: Forward) -> None:
+        try:
+            await self._app(_scope(forward), exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            # Only this bridge cancels: after the grace, or because it stops.
+            self._give_up(exchange, "the runtime stops")
+        except Exception as error:
+            # Not its text: that may hold the prompt.
+            where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+            log.error("%s: the app raised %s\n%s", exchange.path, type(error).__name__, where)
+            self._give_up(exchange, f"the app raised {type(error).__name__}")
+        else:
+            self._give_up(exchange, "the app ended without an answer")
+
+    def _give_up(self, exchange: _Exchange, why: str) -> None:
+        if exchange.gone:
+            self.end(exchange, "cancelled")
+        elif not exchange.complete:
+            self._break(exchange, why)
+
+    def _break(self, exchange: _Exchange, why: str) -> None:
+        request, attempt = exchange.key.request, exchange.key.attempt
+        broke = Broke(request=request, attempt=attempt, started=exchange.status != 0, message=why)
+        self._send(exchange.peer, broke)
+        self.end(exchange, "error")
+
+    def first_byte(self, exchange: _Exchange) -> None:
+        self._report(exchange, FirstToken, ttft_s=self.loop.time() - exchange.began)
+
+    def end(self, exchange: _Exchange, outcome: str) -> None:
+        if self._running.pop(exchange.key, None) is None:
+            return
+        exchange.complete = True
+        self._over[exchange.key] = None
+        if len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
+        exchange.disconnect()
+        usage = {name.decode(): int(number) for name, number in _USAGE.findall(exchange.tail)}
+        self._report(
+            exchange,
+            Finished,
+            outcome=outcome,
+            status=exchange.status,
+            total_s=self.loop.time() - exchange.began,
+            **usage,
+        )
+
+    def _report(
+        self,
+        exchange: _Exchange,
+        kind: type[Started] | type[FirstToken] | type[Finished],
+        **fields: Any,
+    ) -> None:
+        if exchange.counted:
+            key = exchange.key
+            self._on_event(kind(runtime=self._runtime, request=key.request, attempt=key.attempt, **fields))
+
+    # ------------------------------------------------------------ to api_servers
+
+    def reply(self, exchange: _Exchange, message: Head | Chunk, body: bytes | None) -> None:
+        if not self._send(exchange.peer, message, body):
+            self._cancel(exchange)
+
+    def _send(self, peer: bytes, message: RuntimeToApi, body: bytes | None = None) -> bool:
+        if self._stopped:
+            return False
+        frames: Sequence[bytes] = (peer, messages.encode(message))
+        try:
+            self._socket.send_multipart(frames if body is None else (*frames, body), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self.undeliverable += 1
+            return False
+        # A send may have used up the descriptor's signal of a frame that came meanwhile.
+        if not self._is_reading and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._schedule()
+        return True
+
+
+def _scope(forward: Forward) -> MutableMapping[str, Any]:
+    return {
+        "type": "http",
+        # From 2.4 on starlette no longer listens for a disconnect while it streams.
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": forward.method,
+        "scheme": "http",
+        "root_path": "",
+        "client": None,
+        "server": None,
+        "raw_path": forward.path.encode(),
+        "path": unquote(forward.path),
+        "query_string": forward.query,
+        "headers": forward.headers,
+        "state": {},
+    }

@@ -1,0 +1,204 @@
+"""Who sleeps so that who may wake."""
+
+from __future__ import annotations
+
+import pytest
+
+from prism_sgl.messages import Sleep, SleepRefused, WakeFailed
+from tests.schedulers.by_hand import (
+    MIB,
+    ByHand,
+    config,
+    facts,
+    granted,
+    model,
+    of,
+    refusals,
+    slept_models,
+    started_models,
+    woken_models,
+)
+
+
+def three(**keys: float) -> ByHand:
+    """third, then chat and code were started; two fit, so third sleeps. Both others have served."""
+    router = ByHand(config(model("third"), model("chat"), model("code"), **keys))  # type: ignore[arg-type]
+    router.start_all()
+    router.now += 100
+    for name in ("chat", "code"):
+        router.submit(f"first-{name}", name)
+        router.finish(f"first-{name}", name)
+    assert [router.state(name).state for name in ("third", "chat", "code")] == ["asleep", "awake", "awake"]
+    return router
+
+
+def test_models_start_one_after_the_other_in_a_budget_that_holds_one() -> None:
+    router = ByHand(config(model("chat"), model("code"), model("third"), budget_mib=300))
+    assert [c.message.model for c in router.all if hasattr(c.message, "device")] == ["chat"]  # type: ignore[union-attr]
+    commands = router.hello("chat")
+    assert slept_models(commands) == ["chat"]
+    assert started_models(router.slept(router.id("chat"))) == ["code"]
+    router.start_all()
+    assert [router.state(name).state for name in ("chat", "code", "third")] == ["asleep", "asleep", "awake"]
+
+
+def test_no_more_engines_start_at_a_time_than_allowed() -> None:
+    router = ByHand(config(model("chat"), model("code"), model("third"), budget_mib=900, start_parallel=2))
+    assert started_models(router.all) == ["chat", "code"]
+    assert started_models(router.hello("chat")) == ["third"]
+
+
+def test_model_without_preload_starts_at_its_first_request() -> None:
+    router = ByHand(config(model("chat", preload=False)))
+    assert started_models(router.all) == []
+    assert started_models(router.submit("r1")) == ["chat"]
+    assert granted(router.hello("chat")) == ["r1"]
+
+
+def test_longest_idle_model_sleeps_for_one_with_a_request() -> None:
+    router = three()
+    router.now += 100
+    router.submit("r1", "code")
+    router.finish("r1", "code")
+    commands = router.submit("r2", "third")
+    assert slept_models(commands) == ["chat"]
+    assert woken_models(router.slept(router.id("chat"))) == ["third"]
+    assert granted(router.woke("third")) == ["r2"]
+    assert "third wants 250MiB" in "\n".join(router.controller.status(router.now).events)
+
+
+def test_model_that_just_woke_stays_a_while() -> None:
+    router = three(min_residence_s=2.0)
+    assert slept_models(router.submit("r1", "third")) == []
+    assert slept_models(router.wait(2.1)) != []
+
+
+def test_pinned_model_never_sleeps() -> None:
+    router = ByHand(config(model("chat", pin=True), model("code", pin=True), model("third", preload=False)))
+    router.start_all()
+    router.now += 1000
+    commands = router.submit("r1", "third")
+    assert refusals(commands) == [("r1", 503, "no_room")]
+    assert slept_models(commands + router.wait(100)) == []
+
+
+def test_busy_models_take_turns_when_a_request_has_waited_long_enough() -> None:
+    router = three(max_wait_s=10.0)
+    router.now += 50
+    router.submit("a", "chat")
+    router.submit("b", "code")
+    assert slept_models(router.submit("c", "third") + router.wait(9)) == []
+    router.wait(2)
+    assert router.state("chat").state == "draining"  # it has been awake longest
+    assert granted(router.submit("held", "chat")) == []
+    assert slept_models(router.finish("a", "chat")) == ["chat"]
+    assert woken_models(router.slept(router.id("chat"))) == ["third"]
+    assert granted(router.woke("third")) == ["c"]
+    router.wait(11)  # now the held one's turn is due
+    assert router.state("code").state == "draining" or router.state("third").state == "draining"
+
+
+def test_turn_falls_on_the_lowest_priority() -> None:
+    router = ByHand(
+        config(model("chat", priority=5), model("code", priority=1), model("third", preload=False))
+    )
+    router.start_all()
+    router.submit("a", "chat")
+    router.submit("b", "code")
+    router.submit("c", "third")
+    router.wait(11)
+    assert [router.state(name).state for name in ("chat", "code")] == ["awake", "draining"]
+
+
+def test_drain_is_called_off_when_nobody_wants_the_room_any_more() -> None:
+    from prism_sgl.messages import Abandon, RequestId
+
+    router = ByHand(config(model("chat"), model("code", preload=False), budget_mib=300))
+    router.start_all()
+    router.submit("a", "chat")
+    router.submit("b", "code")
+    router.wait(11)
+    assert router.state("chat").state == "draining"
+    router.submit("held", "chat")
+    assert granted(router.api(Abandon(request=RequestId("b")))) == ["held"]
+    assert router.state("chat").state == "awake"
+
+
+def test_sleep_refused_leaves_the_model_awake() -> None:
+    router = ByHand(config(model("chat"), model("code", preload=False), budget_mib=300))
+    router.start_all()
+    router.submit("b", "code")
+    router.runtime(SleepRefused(runtime=router.id("chat"), reason="busy"))
+    assert router.state("chat").state == "awake"
+    assert slept_models(router.wait(3)) == ["chat"]
+
+
+def test_model_bigger_than_what_is_not_pinned_is_refused_with_the_reason() -> None:
+    router = ByHand(config(model("chat", pin=True), model("big", preload=False, weights_bytes=400 * MIB)))
+    router.start_all()
+    commands = router.submit("r1", "big")
+    assert refusals(commands) == [("r1", 503, "no_room")]
+    assert "450MiB" in router.state("big").reason
+
+
+def test_wake_that_finds_no_memory_is_tried_again() -> None:
+    router = three()
+    router.now += 100
+    router.submit("r1", "third")
+    router.start_all()
+    failed = WakeFailed(runtime=router.id("third"), reason="shortage: none", shortage=True)
+    commands = router.runtime(failed)
+    assert woken_models(commands) == []
+    assert router.state("third").state == "asleep"
+    assert woken_models(router.wait(0.25)) == ["third"]
+    router.runtime(failed)
+    assert woken_models(router.wait(0.3)) == []
+    assert woken_models(router.wait(0.2)) == ["third"]
+    assert granted(router.woke("third")) == ["r1"]
+
+
+def test_runtime_that_cannot_wake_is_started_anew() -> None:
+    router = three()
+    router.now += 100
+    router.submit("r1", "third")
+    router.start_all()
+    old = router.id("third")
+    router.runtime(WakeFailed(runtime=old, reason="bad image", shortage=False))
+    assert router.state("third").state == "stopping"
+    router.exit("third", expected=True)
+    router.wait(2)
+    assert router.id("third") != old
+    assert granted(router.hello("third")) == ["r1"]
+
+
+@pytest.mark.parametrize(("idle_s", "sleeps"), [(44.0, []), (60.0, ["code"])])
+def test_idle_model_sleeps_when_a_busy_one_wants_kv(idle_s: float, sleeps: list[str]) -> None:
+    router = ByHand(config(model("chat"), model("code"), sleep_after_s=45.0))
+    router.start_all()
+    for name in ("chat", "code"):
+        router.submit(f"r-{name}", name)
+    router.finish("r-code", "code")
+    router.now += idle_s - 2
+    router.load("chat", wanted_bytes=10 * MIB, in_flight=1)
+    router.now += 2
+    assert slept_models(router.load("chat", wanted_bytes=10 * MIB, in_flight=1)) == sleeps
+
+
+def test_facts_larger_than_the_files_told_send_an_idle_model_to_sleep() -> None:
+    router = ByHand(config(model("chat", weights_bytes=0), model("code", weights_bytes=0)))
+    router.hello("chat", facts(weights_bytes=400 * MIB))
+    commands = router.hello("code", facts(weights_bytes=400 * MIB))
+    assert len(of(commands, Sleep)) == 1
+
+
+def test_small_model_does_not_take_what_an_overdue_big_one_waits_for() -> None:
+    big, small = model("big", preload=False, weights_bytes=500 * MIB), model("small", preload=False)
+    router = ByHand(config(model("chat"), big, small))
+    router.start_all()
+    router.submit("a", "chat")
+    router.submit("b", "big")
+    router.wait(11)
+    assert router.state("chat").state == "draining"
+    assert started_models(router.submit("c", "small")) == []
+    router.finish("a", "chat")
+    assert started_models(router.slept(router.id("chat"))) == ["big"]
