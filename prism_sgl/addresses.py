@@ -45,5 +45,10 @@ def phases(run_dir: str, runtime: RuntimeId) -> str:
     return str(Path(run_dir) / f"rt-{_file_name(runtime)}.phases")
 
 
+def shared_files(run_dir: str, runtime: RuntimeId) -> str:
+    """File in which a worker lists what its engine puts into /dev/shm, one path a line, for who sweeps up."""
+    return str(Path(run_dir) / f"rt-{_file_name(runtime)}.shm")
+
+
 def _file_name(runtime: str) -> str:
     return "".join(c if c.isalnum() or c in "@.-_" else "_" for c in runtime)

@@ -137,8 +137,10 @@ class _Worker:
         }
 
     def arm(self, name: str) -> bool:
-        def stop(passed: str) -> None:
-            if passed == name:
+        armed = name
+
+        def stop(name: str) -> None:
+            if name == armed:
                 print(json.dumps({"stopped": name}), flush=True)
                 sys.stdin.read()  # for ever: the other end never closes it before it kills us
 

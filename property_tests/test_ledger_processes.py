@@ -213,5 +213,5 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerProcesses = LedgerMachine.TestCase
 TestLedgerProcesses.settings = settings(
-    max_examples=100, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
 )

@@ -6,16 +6,19 @@ import contextlib
 import multiprocessing as mp
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args import PortArgs, ServerArgs
 
+from prism_sgl import addresses
 from prism_sgl.engine.seams import prove_hooks
 from prism_sgl.engine.support import refuse_unsupported_options
 from prism_sgl.errors import ConfigError
@@ -114,12 +117,17 @@ def start_engine(spec: RuntimeSpec) -> RunningEngine:
     load_plugins()
     prove_hooks()
     args = server_args(spec)
+    ports = PortArgs.init_new(args)
+    # SGLang removes this file when it ends in order, which a killed engine does not.
+    listing = Path(addresses.shared_files(spec.run_dir, spec.runtime))
+    listing.write_text(f"{shm_path_for(ports.instance_id)}\n")
     engine = ForkingEngine if spec.device_kind == "host" else RuntimeEngine
-    tokenizer, template, ports, scheduler, watchdog, _ = engine._launch_subprocesses(
+    tokenizer, template, _, scheduler, watchdog, _ = engine._launch_subprocesses(
         server_args=args,
         init_tokenizer_manager_func=engine.init_tokenizer_manager_func,
         run_scheduler_process_func=engine.run_scheduler_process_func,
         run_detokenizer_process_func=engine.run_detokenizer_process_func,
+        port_args=ports,
     )
     info = scheduler.scheduler_infos[0]
     tokenizer._subprocess_watchdog = watchdog

@@ -207,4 +207,4 @@ class SafePoint:
 def _answer_tokens(request: Any) -> int:
     """Tokens that admission reserves for the rest of an answer (schedule_policy.py:559)."""
     rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
-    return min(max(rest, 0), CLIP_MAX_NEW_TOKENS)
+    return min(max(rest, 0), int(CLIP_MAX_NEW_TOKENS))

@@ -186,6 +186,8 @@ def main() -> None:
     channel = socket.socket(fileno=arguments.fd)
     channel.send(messages.encode_json(StandbyReady(seconds=time.perf_counter() - began)))
     Standby(channel).run()
+    # No interpreter shutdown: torch and SGLang need seconds for it, and nothing of ours is left to close.
+    os._exit(0)
 
 
 if __name__ == "__main__":

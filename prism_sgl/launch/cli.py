@@ -117,7 +117,8 @@ def unload(context: click.Context, model: str) -> None:
 def _fetch_models(context: click.Context) -> list[dict[str, Any]]:
     content = _request(context, "GET", "/api/v1/models", _READ_TIMEOUT_S)
     models = content.get("models", content.get("data", []))
-    return [model for model in models if isinstance(model, dict)]
+    # As in /v1/models, what is ours may stand in an object of its own beside OpenAI's fields.
+    return [{**model, **model.get("prism", {})} for model in models if isinstance(model, dict)]
 
 
 def _ask(context: click.Context, model: str, verb: str) -> None:

@@ -15,10 +15,15 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from prism_sgl import addresses, machine
-from prism_sgl.messages import ImageReply, OpenImage, SealImage, decode_image_request, encode_json
+from prism_sgl.messages import (
+    DECODE_ERRORS,
+    ImageReply,
+    OpenImage,
+    SealImage,
+    decode_image_request,
+    encode_json,
+)
 from prism_sgl.units import show_size
 
 _MAX_FRAME_BYTES = 1 << 16
@@ -145,7 +150,7 @@ class ImageStore:
             return
         try:
             request = decode_image_request(frame)
-        except msgspec.MsgspecError:
+        except DECODE_ERRORS:
             self.num_undecodable += 1
             self._drop_peer(peer)
             return

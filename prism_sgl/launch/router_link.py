@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import msgspec
 from zmq.asyncio import Context, Socket
 from zmq.constants import Flag, SocketOption, SocketType
 
 from prism_sgl import addresses
 from prism_sgl.launch.tasks import Fail, start_task
-from prism_sgl.messages import RouterToSupervisor, SupervisorToRouter, decode_router_to_supervisor, encode
+from prism_sgl.messages import (
+    DECODE_ERRORS,
+    RouterToSupervisor,
+    SupervisorToRouter,
+    decode_router_to_supervisor,
+    encode,
+)
 
 
 class RouterLink:
@@ -59,7 +64,7 @@ class RouterLink:
             frames = await socket.recv_multipart()
             try:
                 message = decode_router_to_supervisor(frames[0])
-            except msgspec.MsgspecError:
+            except DECODE_ERRORS:
                 self.num_undecodable += 1
                 continue
             self._receive(message)

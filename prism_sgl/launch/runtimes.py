@@ -57,4 +57,4 @@ def remove_files(spec: RuntimeSpec) -> None:
     runtime_socket = addresses.runtime_requests(spec.run_dir, spec.runtime).removeprefix("ipc://")
     for path in (runtime_socket, addresses.phases(spec.run_dir, spec.runtime)):
         Path(path).unlink(missing_ok=True)
-    remove_listed(Path(addresses.phases(spec.run_dir, spec.runtime)).with_suffix(".shm"))
+    remove_listed(Path(addresses.shared_files(spec.run_dir, spec.runtime)))

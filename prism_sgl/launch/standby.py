@@ -13,11 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
-
 from prism_sgl.config import DeviceConfig
 from prism_sgl.launch.children import Child, start_child
 from prism_sgl.messages import (
+    DECODE_ERRORS,
     Kill,
     RuntimeId,
     RuntimeSpec,
@@ -113,7 +112,7 @@ class StandbyLink:
             return False
         try:
             message = decode_standby_to_supervisor(frame)
-        except msgspec.MsgspecError:
+        except DECODE_ERRORS:
             self.num_undecodable += 1
         else:
             self._receive(self.device, message)

@@ -22,9 +22,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def owner(ledger: Ledger) -> Iterator[Owner]:
-    owner = join(ledger, "chat")
-    return owner
+def owner(ledger: Ledger) -> Owner:
+    return join(ledger, "chat")
 
 
 def join(

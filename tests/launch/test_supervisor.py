@@ -32,7 +32,7 @@ def instance(folder: Path) -> Iterator[Instance]:
     started = Instance.start(folder, free_port(), TWO_MODELS)
     started.line("try: curl")
     yield started
-    if started.process.poll() is None:
+    if started.process.poll() is None or started.ledger.exists():
         started.process.kill()
         started.process.wait()
         again = Instance.start(folder, started.port)

@@ -68,9 +68,14 @@ def test_longest_idle_model_sleeps_for_one_with_a_request() -> None:
 
 
 def test_model_that_just_woke_stays_a_while() -> None:
-    router = three(min_residence_s=2.0)
-    assert slept_models(router.submit("r1", "third")) == []
-    assert slept_models(router.wait(2.1)) != []
+    router = ByHand(config(model("chat"), model("code"), budget_mib=300, min_residence_s=2.0))
+    router.start_all()
+    assert slept_models(router.submit("r1", "chat")) == ["code"]  # never asked for anything: no time to stay
+    router.slept(router.id("code"))
+    router.woke("chat")
+    router.finish("r1", "chat")
+    assert slept_models(router.submit("r2", "code") + router.wait(1.9)) == []
+    assert slept_models(router.wait(0.2)) == ["chat"]
 
 
 def test_pinned_model_never_sleeps() -> None:

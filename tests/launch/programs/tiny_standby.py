@@ -23,13 +23,19 @@ from prism_sgl.messages import (
     encode_json,
 )
 
-# The worker has a child of its own in the same session, as SGLang's engines have.
+# The worker has a child of its own in the same session, as SGLang's engines have. It says that it is ready
+# once its death signal is set, as the real one's is long before.
 _WORKER = """
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
-if len(sys.argv) > 1:
-    raise RuntimeError(sys.argv[1])
-subprocess.run(["sleep", "1000"])
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+if len(sys.argv) > 3:
+    raise RuntimeError(sys.argv[3])
+child = subprocess.Popen(["sleep", "1000"])
+with open(sys.argv[2], "a") as phases:
+    phases.write("load_weights 0.25\\nready 0.5\\n")
+child.wait()
 """
 
 
@@ -48,9 +54,14 @@ def main() -> None:
         match message:
             case Spawn(spec=spec):
                 fail = [str(spec.engine_args["fail"])] if "fail" in spec.engine_args else []
+                phases = addresses.phases(spec.run_dir, spec.runtime)
+                arguments = [str(os.getpid()), phases, *fail]
                 with open(spec.log_path, "ab") as log:
                     worker = subprocess.Popen(
-                        [sys.executable, "-c", _WORKER, *fail], stdout=log, stderr=log, start_new_session=True
+                        [sys.executable, "-c", _WORKER, *arguments],
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
                     )
                 channel.send(encode_json(Spawned(runtime=spec.runtime, pid=worker.pid)))
                 if fail:
@@ -60,8 +71,6 @@ def main() -> None:
                     )
                     continue
                 workers[spec.runtime] = worker
-                with open(addresses.phases(spec.run_dir, spec.runtime), "a") as phases:
-                    phases.write("load_weights 0.25\nready 0.5\n")
             case Kill(runtime=runtime):
                 worker = workers.pop(runtime)
                 os.killpg(worker.pid, signal.SIGKILL)

@@ -1,0 +1,70 @@
+"""Who holds device memory, read from the ledgers, for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prism_sgl.allocator.ledger import Ledger
+from prism_sgl.units import GRANULE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerMemory:
+    model: str
+    weights_bytes: int
+    kv_bytes: int
+    overhead_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    device: str
+    free_bytes: int
+    returning_bytes: int  # left by dead owners, not shown free by the device yet
+    owners: Sequence[OwnerMemory]
+
+
+ReadMemory = Callable[[], Sequence[DeviceMemory]]
+
+
+class LedgerReader:
+    """Owner of the open ledgers; opened at the first read."""
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = paths
+        self._ledgers: dict[str, Ledger] = {}
+
+    def __call__(self) -> list[DeviceMemory]:
+        return [self._read(device) for device in self._paths]
+
+    def close(self) -> None:
+        for ledger in self._ledgers.values():
+            ledger.close()
+        self._ledgers.clear()
+
+    def _read(self, device: str) -> DeviceMemory:
+        ledger = self._ledgers.get(device)
+        if ledger is None:
+            ledger = self._ledgers[device] = Ledger.open(self._paths[device])
+        totals = ledger.totals()
+        return DeviceMemory(
+            device=device,
+            free_bytes=totals.free * GRANULE_BYTES,
+            returning_bytes=totals.returning * GRANULE_BYTES,
+            owners=[
+                OwnerMemory(
+                    model=owner.name.rpartition("@")[0] or owner.name,
+                    weights_bytes=owner.weights * GRANULE_BYTES,
+                    kv_bytes=owner.kv * GRANULE_BYTES,
+                    overhead_bytes=owner.overhead * GRANULE_BYTES,
+                )
+                for owner in ledger.owners()
+                if owner.alive
+            ],
+        )
+
+
+def parse_ledgers(text: str) -> dict[str, str]:
+    """``host0=/dev/shm/a.ledger,host1=/dev/shm/b.ledger``"""
+    return dict(part.split("=", 1) for part in text.split(",") if part)
