@@ -36,7 +36,7 @@ def doorbell(run_dir: str, pid: int) -> str:
 
 
 def image_store(run_dir: str) -> str:
-    """AF_UNIX stream socket of the supervisor's image store (passes memfds)."""
+    """AF_UNIX SOCK_SEQPACKET socket of the supervisor's image store (passes memfds)."""
     return str(Path(run_dir) / "images.sock")
 
 

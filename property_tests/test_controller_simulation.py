@@ -38,7 +38,7 @@ plans = st.builds(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=120,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(plan=plans)
@@ -46,7 +46,7 @@ def test_every_request_has_one_end_whatever_fails(plan: Plan) -> None:
     run_plan(plan)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=8)
+@settings(derandomize=True, database=None, deadline=None, max_examples=5)
 @given(plan=plans)
 def test_a_seed_replays_exactly(plan: Plan) -> None:
     assert run_plan(plan).log.digest() == run_plan(plan).log.digest()

@@ -91,7 +91,9 @@ class _Exchange:
 
     async def send(self, message: AsgiMessage) -> None:
         if self.gone:
-            return  # as HTTP servers do: the app learns of it by receive
+            # As HTTP servers do: the app learns of it by receive. One that never waits needs the chance to.
+            await asyncio.sleep(0)
+            return
         if self.complete:
             raise RuntimeError("the app sent more after its last chunk")
         match message["type"]:
@@ -118,13 +120,16 @@ class _Exchange:
             finally:
                 self._refill = None
         if self.gone:
+            await asyncio.sleep(0)
             return
         self._credit -= 1
         seq, self._seq = self._seq, self._seq + 1
         if body:
             if seq == 0:
                 self._bridge.first_byte(self)
-            self.tail = body[-_USAGE_BYTES:] if len(body) >= _USAGE_BYTES else self.tail[-_USAGE_BYTES:] + body
+            self.tail = (
+                body[-_USAGE_BYTES:] if len(body) >= _USAGE_BYTES else self.tail[-_USAGE_BYTES:] + body
+            )
         self._reply(Chunk, body, seq=seq, last=last)
         if last:
             self._bridge.end(self, "ok" if self.status < 400 else "error")
@@ -194,7 +199,7 @@ class AsgiBridge:
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(self._address)
-        self._fd = self._socket.getsockopt(zmq.FD)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._stopped = False
         self.loop.add_reader(self._fd, self._read)
         self._read()
@@ -384,7 +389,7 @@ class AsgiBridge:
             self.undeliverable += 1
             return False
         # A send may have used up the descriptor's signal of a frame that came meanwhile.
-        if not self._is_reading and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not self._is_reading and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._schedule()
         return True
 

@@ -60,7 +60,9 @@ class _Link:
 
     socket: FrameSocket
     exchanges: dict[RequestId, Exchange] = field(default_factory=dict)
-    pinged: list[RequestKey] = field(default_factory=list)  # forwarded before the ping that is not answered yet
+    pinged: list[RequestKey] = field(
+        default_factory=list
+    )  # forwarded before the ping that is not answered yet
 
 
 class Forwarder:
@@ -212,9 +214,7 @@ class Forwarder:
         if exchange is not None and exchange.runtime is None:
             self._forget(exchange)
             exchange.fail(
-                HttpError(
-                    refusal.status, refusal.code, refusal.message, retry_after_s=refusal.retry_after_s
-                )
+                HttpError(refusal.status, refusal.code, refusal.message, retry_after_s=refusal.retry_after_s)
             )
 
     def _take_status(self, status: Status) -> None:

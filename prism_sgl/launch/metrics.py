@@ -116,7 +116,9 @@ class _Told(Collector):
 
     def _undecodable(self) -> Metric:
         frames = CounterMetricFamily(
-            "prism_undecodable_frames", "Frames that were dropped because they do not decode", labels=["process"]
+            "prism_undecodable_frames",
+            "Frames that were dropped because they do not decode",
+            labels=["process"],
         )
         frames.add_metric(["api_server"], self._count_undecodable())
         frames.add_metric(["router"], self.status.undecodable if self.status is not None else 0)

@@ -70,9 +70,7 @@ class Router:
         self._context = zmq.Context()
         self._apis = self._bind(addresses.router_for_apis(self._run_dir), self._from_api)
         self._runtimes = self._bind(addresses.router_for_runtimes(self._run_dir), self._from_runtime)
-        self._supervisor = self._bind(
-            addresses.router_for_supervisor(self._run_dir), self._from_supervisor
-        )
+        self._supervisor = self._bind(addresses.router_for_supervisor(self._run_dir), self._from_supervisor)
         self._tick()
 
     def stop(self) -> None:

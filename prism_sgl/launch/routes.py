@@ -31,13 +31,17 @@ class Route:
 
 
 _MEMORY = "the memory of models is managed by prism_sgl; use /api/v1/models/{model}/sleep and /wake"
-_WEIGHTS = "it would make the weight image that sleeping models wake from untrue; change models.toml and restart"
+_WEIGHTS = (
+    "it would make the weight image that sleeping models wake from untrue; change models.toml and restart"
+)
 _READS_WEIGHTS = "the weights of a model that sleeps are not there to be read"
 _PAUSE = "the router orders requests; use /api/v1/models/{model}/drain to stop a model"
 _LORA = "LoRA adapters are not supported on elastic memory yet"
 _CORPUS = "speculative decoding is not supported on elastic memory yet"
 _HICACHE = "HiCache is not supported on elastic memory yet"
-_STATE = "it would change settings of the engine that the router has been told; set engine_args in models.toml"
+_STATE = (
+    "it would change settings of the engine that the router has been told; set engine_args in models.toml"
+)
 _LOGS = "prompts are never logged"
 _ELASTIC_EP = "expert parallelism is not supported on elastic memory yet"
 
@@ -214,7 +218,7 @@ GET /is_scaling_elastic_ep
     (
         "WebSockets are not carried to models",
         """
-WEBSOCKET /v1/realtime
+GET,WEBSOCKET /v1/realtime
 """,
     ),
 ]
@@ -267,4 +271,6 @@ def find(method: str, path: str) -> tuple[Route, dict[str, str]]:
             known = True
     if known:
         raise HttpError(405, "method_not_allowed", f"{path} does not take {method}")
-    raise HttpError(404, "not_found", f"there is no route {path[:200]}; see SGLang's and prism_sgl's documentation")
+    raise HttpError(
+        404, "not_found", f"there is no route {path[:200]}; see SGLang's and prism_sgl's documentation"
+    )

@@ -8,22 +8,15 @@ next one is looked at; so a small model cannot for ever take the bytes that a bi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prism_sgl.config import Config
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.admin import AdminDesk
 from prism_sgl.schedulers.lifecycle import Lifecycle
-from prism_sgl.schedulers.memory_plan import (
-    Resident,
-    Room,
-    Tally,
-    Verdict,
-    find_room,
-    idle_victim_at,
-    longest_idle,
-)
-from prism_sgl.schedulers.placement import Demand, Place
+from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, longest_idle
+from prism_sgl.schedulers.pictures import Pictures, demand, is_busy
+from prism_sgl.schedulers.placement import Choice
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
 from prism_sgl.schedulers.state import ASLEEP, AWAKE, COLD, DRAINING, FAILED, STOPPING, Device, Fleet, Model
@@ -41,6 +34,17 @@ class _Want:
     since: float
     urgent: bool  # a request or an operator waits for it
     device: str | None = None  # where room is being made for it
+
+
+@dataclass
+class _Pass:
+    """One going through of all wants."""
+
+    pictures: Pictures
+    now: float
+    blocked: set[str] = field(default_factory=set)  # devices whose next room is one want's
+    # By device and urgency, what somebody asked for in vain: to ask for as much again would be in vain too.
+    too_much: dict[tuple[str, bool], float] = field(default_factory=dict)
 
 
 class Activation:
@@ -78,8 +82,8 @@ class Activation:
     def preload(self, now: float) -> None:
         """The supervisor has said what is alive: start what shall be up, spread as placement would have it."""
         cold = [m for m in self._fleet.models.values() if m.config.preload and m.runtime.state is COLD]
-        places = [self._place(device, None, now) for device in self._fleet.devices.values()]
-        spread = placement.plan([self._demand(model, now) for model in cold], places)
+        places = Pictures(self._fleet, self._table, now).places()
+        spread = placement.plan([demand(model, self._fleet, now) for model in cold], places)
         for model in cold:
             model.start_wanted = True
             self.consider(model, now)
@@ -107,7 +111,7 @@ class Activation:
         elif want.urgent != urgent:
             # Turns are counted from when somebody waits, not from when a preload began to want.
             want.since, want.urgent, self._dirty = now, urgent, True
-        if state is AWAKE and (self._wants or self._turns) and not self._is_busy(model):
+        if state is AWAKE and (self._wants or self._turns) and not is_busy(model, self._table):
             self._dirty = True
 
     def run(self, now: float) -> None:
@@ -119,63 +123,64 @@ class Activation:
         if not self._dirty and now < self._look_at and self._moves_seen == self._fleet.num_moves:
             return
         self._dirty, self._look_at, self._moves_seen = False, math.inf, self._fleet.num_moves
-        tallies = {d.name: self._tally(d) for d in self._fleet.devices.values()} if self._needed() else {}
+        seen = _Pass(Pictures(self._fleet, self._table, now), now)
         for device in self._fleet.devices.values():
             if device.free_bytes < 0:
-                self._settle_excess(device, tallies[device.name], now)
-        blocked: set[str] = set()
+                self._settle_excess(device, seen)
         ordered = sorted(self._wants.items(), key=lambda w: (not w[1].urgent, w[1].since))
         for name, want in ordered:
-            self._serve(self._fleet.models[name], want, tallies, blocked, now)
+            self._serve(self._fleet.models[name], want, seen)
         self._call_off_turns(now)
 
-    def _needed(self) -> bool:
-        return bool(self._wants) or any(d.free_bytes < 0 for d in self._fleet.devices.values())
-
-    def _serve(
-        self, model: Model, want: _Want, tallies: dict[str, Tally], blocked: set[str], now: float
-    ) -> None:
-        if now < model.not_before:
+    def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:
+        if seen.now < model.not_before:
             self._look_at = min(self._look_at, model.not_before)
             return
         start = model.runtime.state is not ASLEEP
         if start and self._fleet.num_starting >= self._limits.start_parallel:
             return  # the end of a start is a move, which leads here again
-        device = self._device_for(model, want, now)
-        if device is None or device.name in blocked:
+        device = self._device_for(model, want, seen)
+        if device is None or device.name in seen.blocked:
             return
         needed_bytes = self._fleet.mapped_bytes(model) - model.runtime.charged_bytes
+        overdue = want.urgent and seen.now >= want.since + self._limits.max_wait_s
+        if not overdue and needed_bytes >= seen.too_much.get((device.name, want.urgent), math.inf):
+            return  # less than this was not to be had a moment ago, and who asked came first
         room = find_room(
             needed_bytes,
-            tallies[device.name],
-            self._residents(device, model),
-            now,
+            seen.pictures.tally(device),
+            seen.pictures.residents(device),
+            seen.now,
             self._limits,
             urgent=want.urgent,
             waits_since=want.since,
         )
         self._look_at = min(self._look_at, room.look_at)
+        if room.verdict is Verdict.BLOCKED:
+            if overdue:
+                seen.blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free
+            seen.too_much[device.name, want.urgent] = needed_bytes
+            return
         if room.verdict is Verdict.NOW:
-            self._activate(model, want, device, now)
-        elif room.verdict is Verdict.COMING:
+            self._activate(model, want, device, seen)
+        else:
             want.device = device.name
-            self._take(room, model, needed_bytes, now)
-        elif want.urgent and now >= want.since + self._limits.max_wait_s:
-            blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free
+            self._take(room, model, needed_bytes, seen.now)
+        seen.pictures.changed(device.name)
 
-    def _activate(self, model: Model, want: _Want, device: Device, now: float) -> None:
+    def _activate(self, model: Model, want: _Want, device: Device, seen: _Pass) -> None:
         del self._wants[model.name]
         why = "a request waits" if want.urgent else "shall be up"
         if model.runtime.state is not ASLEEP:
-            self._lifecycle.start(model, device, now, why)
+            self._lifecycle.start(model, device, seen.now, why)
             return
         if model.shortages >= _SHORTAGES:
-            idle = [r for r in self._residents(device, model) if not r.pinned and not r.busy]
-            ready = [r for r in idle if idle_victim_at(r, self._limits, want.urgent) <= now]
+            idle = [r for r in seen.pictures.residents(device) if not r.pinned and not r.busy]
+            ready = [r for r in idle if idle_victim_at(r, self._limits, want.urgent) <= seen.now]
             if ready:
                 victim = min(ready, key=lambda r: (r.idle_since, r.model))
-                self._sleep(victim.model, f"{model.name} finds no memory on {device.name}", now)
-        self._lifecycle.wake(model, now, why)
+                self._sleep(victim.model, f"{model.name} finds no memory on {device.name}", seen.now)
+        self._lifecycle.wake(model, seen.now, why)
 
     def _take(self, room: Room, wanting: Model, needed_bytes: int, now: float) -> None:
         wish = f"{wanting.name} wants {show_size(needed_bytes)}"
@@ -213,72 +218,57 @@ class Activation:
         device = self._fleet.devices[runtime.device]
         if any(m.runtime.state in (DRAINING, STOPPING) for m in device.residents.values()):
             return
-        victim, _ = longest_idle(self._residents(device, model), now, self._limits)
+        others = [
+            r for r in Pictures(self._fleet, self._table, now).residents(device) if r.model != model.name
+        ]
+        victim = longest_idle(others, now, self._limits)
         if victim is not None:
             idle_s = now - victim.idle_since
             self._sleep(victim.model, f"idle {idle_s:.0f} s, {model.name} wants KV", now)
 
-    def _settle_excess(self, device: Device, tally: Tally, now: float) -> None:
+    def _settle_excess(self, device: Device, seen: _Pass) -> None:
         """Facts turned out larger than the files told: idle models give until the account is even."""
         if any(m.runtime.adopted and not m.runtime.known for m in device.residents.values()):
             return  # charged as if awake until its Hello, so the excess may be none
-        residents = self._residents(device, None)
-        room = find_room(0, tally, residents, now, self._limits, urgent=True, waits_since=math.inf)
+        room = find_room(
+            0,
+            seen.pictures.tally(device),
+            seen.pictures.residents(device),
+            seen.now,
+            self._limits,
+            urgent=True,
+            waits_since=math.inf,
+        )
         self._look_at = min(self._look_at, room.look_at)
         for name in room.sleep:
-            self._sleep(name, f"{device.name} promised more than it has", now)
-
-    def _tally(self, device: Device) -> Tally:
-        coming = 0
-        for model in device.residents.values():
-            runtime = model.runtime
-            if runtime.state is STOPPING:
-                coming += runtime.charged_bytes
-            elif runtime.state is DRAINING:
-                coming += runtime.charged_bytes - self._fleet.asleep_bytes(model)
-        return Tally(device.free_bytes, coming)
-
-    def _residents(self, device: Device, wanting: Model | None) -> list[Resident]:
-        return [
-            Resident(
-                model=model.name,
-                gives_bytes=model.runtime.charged_bytes - self._fleet.asleep_bytes(model),
-                pinned=model.pinned,
-                busy=self._is_busy(model),
-                served=model.runtime.served,
-                priority=model.config.priority,
-                awake_since=model.runtime.awake_since,
-                idle_since=model.runtime.idle_since,
-            )
-            for model in device.residents.values()
-            if model.runtime.state is AWAKE and model is not wanting
-        ]
-
-    def _is_busy(self, model: Model) -> bool:
-        return bool(self._table.queued(model.name) or self._table.running(model.runtime.id))
+            self._sleep(name, f"{device.name} promised more than it has", seen.now)
+        seen.pictures.changed(device.name)
 
     # ------------------------------------------------------------ where
 
-    def _device_for(self, model: Model, want: _Want, now: float) -> Device | None:
+    def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
-        demand = self._demand(model, now)
         here = model.runtime.device or want.device
-        if here is not None:
-            place = self._place(self._fleet.devices[here], model, now)
-            if here in model.devices and demand.needed_bytes <= place.possible_bytes:
-                return self._fleet.devices[here]
-        places = [self._place(device, model, now) for device in self._fleet.devices.values()]
-        choice = placement.choose(demand, places)
+        if here is not None and here in model.devices:
+            device = self._fleet.devices[here]
+            if self._fleet.mapped_bytes(model) <= seen.pictures.possible_bytes(device, model):
+                return device
+        elsewhere = [place for place in seen.pictures.places() if place.device != model.runtime.device]
+        choice = placement.choose(demand(model, self._fleet, seen.now), elsewhere)
         if choice.device is None:
-            self._give_up(model, want, choice.reason, now)
+            if here is not None and here == model.runtime.device:
+                most = show_size(max(0, seen.pictures.possible_bytes(self._fleet.devices[here], model)))
+                needed = show_size(self._fleet.mapped_bytes(model))
+                choice = Choice(None, f"{model.name} needs {needed}, and {here} can give {most} at most")
+            self._give_up(model, choice.reason, seen.now)
             return None
         if model.runtime.device is not None:
-            self._lifecycle.stop(model, now, f"moves: {choice.reason}")
+            self._lifecycle.stop(model, seen.now, f"moves: {choice.reason}")
             model.start_wanted = True
             return None
         return self._fleet.devices[choice.device]
 
-    def _give_up(self, model: Model, want: _Want, reason: str, now: float) -> None:
+    def _give_up(self, model: Model, reason: str, now: float) -> None:
         """It would not fit if everybody else slept."""
         del self._wants[model.name]
         model.start_wanted, model.reason = False, reason
@@ -286,40 +276,8 @@ class Activation:
         self._admin.fail(model, reason)
         self._desk.refuse_all(model, "no_room", reason, _NO_ROOM_RETRY_S, now)
 
-    def _demand(self, model: Model, now: float) -> Demand:
-        facts, config = model.facts, model.config
-        kv_bytes = facts.kv_bytes_per_token if facts is not None else config.kv_bytes_per_token
-        return Demand(
-            model=model.name,
-            weights_bytes=self._fleet.weights_bytes(model),
-            needed_bytes=self._fleet.mapped_bytes(model),
-            pressure=placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s),
-            devices=model.devices,
-        )
-
-    def _place(self, device: Device, wanting: Model | None, now: float) -> Place:
-        """The device without the model that looks for a place."""
-        own_bytes = wanting.runtime.charged_bytes if wanting and wanting.runtime.device == device.name else 0
-        others = [model for model in device.residents.values() if model is not wanting]
-        kept = sum(
-            m.runtime.charged_bytes if m.pinned and m.runtime.mapped else self._fleet.asleep_bytes(m)
-            for m in others
-        )
-        idle = [r for r in self._residents(device, wanting) if not r.pinned and not r.busy]
-        mapped = [model for model in others if model.runtime.mapped]
-        return Place(
-            device=device.name,
-            budget_bytes=device.budget_bytes,
-            free_bytes=device.free_bytes + own_bytes,
-            reclaimable_bytes=sum(r.gives_bytes for r in idle),
-            possible_bytes=device.budget_bytes - kept,
-            awake_weights_bytes=sum(self._fleet.weights_bytes(m) for m in mapped),
-            home_weights_bytes=sum(self._fleet.weights_bytes(m) for m in others),
-            pressure=sum(self._demand(m, now).pressure for m in mapped),
-        )
-
     def kvpr(self, device: Device, now: float) -> float:
-        place = self._place(device, None, now)
+        place = Pictures(self._fleet, self._table, now).place(device)
         return placement.kvpr(place.pressure, place.budget_bytes - place.awake_weights_bytes)
 
     def check(self) -> None:

@@ -117,15 +117,12 @@ def idle_victim_at(resident: Resident, limits: SchedulerConfig, urgent: bool) ->
     return min(settled, resident.awake_since + limits.min_residence_s) if urgent else settled
 
 
-def longest_idle(
-    residents: Sequence[Resident], now: float, limits: SchedulerConfig
-) -> tuple[Resident | None, float]:
-    """The model that gives when a busy one wants more KV, and when to look again if there is none yet."""
-    idle = [r for r in residents if not r.pinned and not r.busy]
-    ready = [r for r in idle if r.idle_since + limits.sleep_after_s <= now]
-    if ready:
-        return min(ready, key=lambda r: (r.idle_since, r.model)), now
-    return None, min((r.idle_since + limits.sleep_after_s for r in idle), default=math.inf)
+def longest_idle(residents: Sequence[Resident], now: float, limits: SchedulerConfig) -> Resident | None:
+    """The model that gives when a busy one wants more KV."""
+    idle = [
+        r for r in residents if not r.pinned and not r.busy and r.idle_since + limits.sleep_after_s <= now
+    ]
+    return min(idle, key=lambda r: (r.idle_since, r.model), default=None)
 
 
 def _enough(victims: Sequence[Resident], missing_bytes: int) -> list[Resident] | None:

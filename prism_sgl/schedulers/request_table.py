@@ -103,13 +103,8 @@ class RequestTable:
             self._take(self._unanswered, request.device, request)
             request.phase, request.since = Phase.ANSWERING, now
 
-    def end(self, request: Request) -> None:
-        """Answered, refused, lost or abandoned: forget it, and remember that this attempt is over."""
-        self.forget(request)
-        self.remember_end(request.id, request.attempt)
-
     def forget(self, request: Request) -> None:
-        """As if it had never been submitted."""
+        """It is over, or will be submitted again."""
         del self._live[request.id]
         if request.api is not None:
             self._take(self._by_api, request.api, request)
@@ -124,6 +119,7 @@ class RequestTable:
         request.phase = Phase.OVER
 
     def remember_end(self, request: RequestId, attempt: int) -> None:
+        """Answered, refused, lost or abandoned: this attempt does not come back."""
         self._ended[request] = max(attempt, self._ended.pop(request, 0))
         while len(self._ended) > _REMEMBERED_ENDS:
             self._ended.popitem(last=False)

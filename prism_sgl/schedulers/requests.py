@@ -118,12 +118,13 @@ class RequestDesk:
 
     def forget_silent(self, now: float) -> list[str]:
         """api_servers that have died: their requests have no client any more."""
+        # Not remembered as over: one that was only slow tells of them again in its next hello.
         silent = [api for api, heard_at in self._heard_at.items() if now - heard_at > _API_SILENT_S]
         for api in silent:
             del self._heard_at[api]
             requests = self._table.of_api(api)
             for request in requests:
-                self._over(request, now)
+                self._over(request, now, remember=False)
             self._fleet.note(f"api_server {api} is silent; its {len(requests)} requests are forgotten")
         return silent
 
@@ -217,9 +218,11 @@ class RequestDesk:
             return None  # late, or about a request that was abandoned
         return request
 
-    def _over(self, request: Request, now: float) -> None:
+    def _over(self, request: Request, now: float, *, remember: bool = True) -> None:
         model = self._fleet.models[request.model]
-        self._table.end(request)
+        self._table.forget(request)
+        if remember:
+            self._table.remember_end(request.id, request.attempt)
         self._granter.freed(request.device)
         runtime = model.runtime
         if request.runtime == runtime.id and not self._table.running(runtime.id):
@@ -243,7 +246,8 @@ class RequestDesk:
         """Its process is gone, and with it the requests that were in flight there."""
         for request in list(self._table.running(runtime).values()):
             self._out.api(request.api, Lost(request=request.id, attempt=request.attempt, reason=reason))
-            self._over(request, now)
+            # One that no api_server has claimed yet will be, by a hello that this answers then.
+            self._over(request, now, remember=request.api is not None)
 
     def lose_unlisted(self, now: float) -> None:
         """The supervisor has listed all runtimes: grants on others were lost with them."""

@@ -57,8 +57,11 @@ class Costs:
     beat_s: float = 1.0
     delay_s: Callable[[str, int], float] = field(default=lambda link, number: 0.0002)
     copies: Callable[[str, int], int] = field(default=lambda link, number: 1)
-    # Of the messages on their way when the router is killed: had it read them already?
-    dies_with_router: Callable[[str, int], bool] = field(default=lambda link, number: False)
+    # Of the messages on their way when the router is killed, numbers (first, end): where those that survive begin
+    # (to the router: it had read those before, and they die with it) or end (from it: the rest was never sent).
+    survive: Callable[[str, int, int], int] = field(
+        default=lambda link, first, end: end if link.startswith("router-") else first
+    )
 
 
 class World:
@@ -90,6 +93,8 @@ class World:
         self._num_actions = 0
         self._link_free_at: dict[str, float] = {}
         self._link_number: dict[str, int] = {}
+        self._link_arrived: dict[str, int] = {}
+        self._link_lost: dict[str, set[int]] = {}
         self._tick_at: float | None = None
         self.epoch = 1
         self.controller = Controller(config, epoch=self.epoch)
@@ -120,11 +125,10 @@ class World:
         self._link_number[link] = number + 1
         at = max(self.now + self.costs.delay_s(link, number), self._link_free_at.get(link, 0.0))
         self._link_free_at[link] = at
-        epoch = self.epoch
 
         def arrive() -> None:
-            routed = link.startswith("router-") or link.endswith("-router")
-            if epoch == self.epoch or not (routed and self.costs.dies_with_router(link, number)):
+            self._link_arrived[link] = number + 1
+            if number not in self._link_lost.get(link, ()):
                 deliver()
 
         for _ in range(self.costs.copies(link, number)):
@@ -189,6 +193,13 @@ class World:
 
     def restart_router(self) -> None:
         """Kill -9 and a new one: all that it knew is gone, and what the supervisor had not read yet."""
+        for link, end in self._link_number.items():
+            first = self._link_arrived.get(link, 0)
+            lost = self._link_lost.setdefault(link, set())
+            if link.startswith("router-"):
+                lost.update(range(self.costs.survive(link, first, end), end))
+            elif link.endswith("-router"):
+                lost.update(range(first, self.costs.survive(link, first, end)))
         self.epoch += 1
         self._tick_at = None
         self.controller = Controller(self.config, epoch=self.epoch)

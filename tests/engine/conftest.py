@@ -11,9 +11,9 @@ import pytest
 from tests.engine.reference import MODEL_PATH
 from tests.engine.system import System
 
-# float32: greedy tokens then do not depend on how requests are batched. A token takes 45 KiB of KV, weights
-# 513 MiB. chat's blocks are single tokens, code's are of 16. Room for both awake, and 96 MiB of KV more than
-# both floors: neither can have its ceiling while the other has much.
+# float32: greedy tokens then do not depend on how requests are batched. A token takes 45 KiB of KV, weights take
+# 514 MiB, a floor 26 MiB. chat's blocks are single tokens, code's are of 16. Both fit awake, but only one of them
+# can have its ceiling while the other has its floor. chat's admission is bold, so that it runs out and retracts.
 CONFIG = """
 [server]
 port = {port}
@@ -27,17 +27,17 @@ weights_page = "2MiB"
 [[devices]]
 name = "host0"
 kind = "host"
-memory = "1248MiB"
+memory = "1120MiB"
 [models.chat]
 path = "{path}"
 aliases = ["small"]
-max_kv = "160MiB"
-engine_args = {{ context_length = 1024, dtype = "float32", chunked_prefill_size = 256, max_running_requests = 16 }}
+max_kv = "64MiB"
+engine_args = {{ context_length = 512, dtype = "float32", chunked_prefill_size = 128, max_running_requests = 16, schedule_conservativeness = 0.3 }}
 [models.code]
 path = "{path}"
 block_tokens = 16
-max_kv = "160MiB"
-engine_args = {{ context_length = 1024, dtype = "float32", chunked_prefill_size = 256, max_running_requests = 16 }}
+max_kv = "64MiB"
+engine_args = {{ context_length = 512, dtype = "float32", chunked_prefill_size = 128, max_running_requests = 16 }}
 """
 
 

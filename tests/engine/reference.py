@@ -26,13 +26,18 @@ def tokens_of(text: str) -> list[int]:
     return ids
 
 
-@cache
 def greedy(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
     """The ``num_tokens`` greedy tokens after ``prompt``, end-of-sequence ignored."""
+    return greedy_batch((prompt,), num_tokens)[0]
+
+
+@cache
+def greedy_batch(prompts: tuple[tuple[int, ...], ...], num_tokens: int) -> list[list[int]]:
+    """The same for prompts of one length at once: a batch costs little more than one of them."""
     import torch
 
     _, model = _model()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor(prompts)
     with torch.no_grad():
         out = model.generate(
             ids,
@@ -43,5 +48,5 @@ def greedy(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
             eos_token_id=None,
             pad_token_id=2,
         )
-    answer: list[int] = out[0, len(prompt) :].tolist()
-    return answer
+    answers: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return answers

@@ -100,7 +100,7 @@ def test_a_client_that_goes_away_frees_its_slots(system: System) -> None:
     ids = tokens_of("Tell me a very long story about a")
     body = {
         "input_ids": ids,
-        "sampling_params": {"temperature": 0, "max_new_tokens": 900, "ignore_eos": True},
+        "sampling_params": {"temperature": 0, "max_new_tokens": 480, "ignore_eos": True},
         "stream": True,
     }
     with system.client.stream("POST", "/m/chat/generate", json=body) as reply:
@@ -112,7 +112,7 @@ def test_a_client_that_goes_away_frees_its_slots(system: System) -> None:
         loads = system.client.get("/m/chat/v1/loads").json()["loads"]
         return all(load["num_running_reqs"] == 0 for load in loads)
 
-    # 900 tokens would take half a minute.
+    # 480 tokens would take half a minute.
     wait_for("the engine to drop it", nothing_runs, timeout_s=10)
     assert system.generate("chat", ids, 8)["output_ids"] == greedy(tuple(ids), 8)
 

@@ -39,7 +39,7 @@ def test_kill_of_a_runtime_harms_nobody_else(system: System) -> None:
     """Streams that have begun end in an error, others are tried once more, the neighbour notices nothing."""
     stream_body = {
         "input_ids": long_prompt(200, 30),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True},
+        "sampling_params": {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True},
         "stream": True,
     }
 

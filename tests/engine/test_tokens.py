@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.reference import greedy, tokens_of
+from tests.engine.reference import greedy, greedy_batch, tokens_of
 from tests.engine.system import System, wait_for
 
 pytestmark = pytest.mark.engine
@@ -48,7 +48,7 @@ def test_a_prefix_hit_changes_no_token(system: System, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["chat", "code"])
 def test_a_chunked_prefill_changes_no_token(system: System, model: str) -> None:
-    ids = long_prompt(2, 600)  # three chunks of at most 256
+    ids = long_prompt(2, 300)  # three chunks of at most 128
     assert system.generate(model, ids, 16)["output_ids"] == greedy(tuple(ids), 16)
 
 
@@ -67,52 +67,53 @@ def test_sleep_gives_all_memory_back_and_wake_changes_no_token(system: System, m
 
 def test_tokens_hold_while_the_budget_moves_between_two_decoding_models(system: System) -> None:
     """chat fills the memory and decodes; then code wants its share; both go on to their right ends."""
-    budget = 1248 * MIB
+    budget = 1120 * MIB
+    prompts = {
+        "chat": [long_prompt(10 + i, 200) for i in range(5)],
+        "code": [long_prompt(20 + i, 200) for i in range(5)],
+    }
+    num_tokens = 64
     samples: list[dict[str, int]] = []
     done = threading.Event()
 
     def sample() -> None:
         while not done.is_set():
-            arenas = system.arenas()
-            samples.append(
-                {
-                    "sum": sum(arenas.values()),
-                    "chat": sum(v for k, v in arenas.items() if k.startswith("chat@") and k.endswith("kv")),
-                    "code": sum(v for k, v in arenas.items() if k.startswith("code@") and k.endswith("kv")),
-                }
-            )
+            samples.append(system.arenas())
             done.wait(0.01)
+
+    def kv_of(arenas: dict[str, int], model: str) -> int:
+        return sum(v for k, v in arenas.items() if k.startswith(f"{model}@") and k.endswith("kv"))
 
     watcher = threading.Thread(target=sample)
     watcher.start()
     try:
-        jobs = [("chat", long_prompt(10 + i, 200), 160) for i in range(8)]
         with ThreadPoolExecutor(16) as pool:
-            chat = [pool.submit(system.generate, *job) for job in jobs]
-            wait_for("chat holds most of the memory", lambda: system.held("chat", "kv") > 110 * MIB)
-            held_before = system.held("chat", "kv")
-            code_jobs = [("code", long_prompt(20 + i, 200), 160) for i in range(8)]
-            code = [pool.submit(system.generate, *job) for job in code_jobs]
-            answers = [f.result() for f in chat + code]
+            futures = [pool.submit(system.generate, "chat", p, num_tokens) for p in prompts["chat"]]
+            wait_for("chat to hold most of the KV", lambda: system.held("chat", "kv") > 56 * MIB)
+            futures += [pool.submit(system.generate, "code", p, num_tokens) for p in prompts["code"]]
+            answers = [future.result()["output_ids"] for future in futures]
     finally:
         done.set()
         watcher.join()
-    for (_, ids, num_tokens), answer in zip(jobs + code_jobs, answers, strict=True):
-        assert answer["output_ids"] == greedy(tuple(ids), num_tokens)
-    assert max(s["sum"] for s in samples) <= budget
-    later = [s for s in samples if s["code"] > 80 * MIB]
+    expected = [
+        tokens
+        for model in ("chat", "code")
+        for tokens in greedy_batch(tuple(map(tuple, prompts[model])), num_tokens)
+    ]
+    assert answers == expected
+    assert max(sum(arenas.values()) for arenas in samples) <= budget
+    before = max(kv_of(arenas, "chat") for arenas in samples)
+    later = [arenas for arenas in samples if kv_of(arenas, "code") > 36 * MIB]
     assert later, "code never got its share"
-    assert min(s["chat"] for s in later) < held_before - 16 * MIB
+    assert min(kv_of(arenas, "chat") for arenas in later) <= before - 8 * MIB
     assert "reclaim: gave" in system.log_text()
 
 
-@pytest.mark.parametrize("model", ["chat", "code"])
-def test_shortage_retracts_and_loses_nothing(system: System, model: str) -> None:
-    """Far more than fits at once: requests are retracted or wait, and every one is answered in full."""
-    jobs = [(long_prompt(40 + i, 120), 240) for i in range(14)]  # 5,040 tokens, 3,640 fit below the ceiling
+def test_shortage_retracts_and_loses_nothing(system: System) -> None:
+    """More than fits below the ceiling is admitted; some are retracted, and every one is answered in full."""
+    prompts = [long_prompt(40 + i, 40) for i in range(12)]  # 1,560 tokens in the end, 1,456 fit
     with ThreadPoolExecutor(16) as pool:
-        answers = [f.result() for f in [pool.submit(system.generate, model, *job) for job in jobs]]
-    for (ids, num_tokens), answer in zip(jobs, answers, strict=True):
-        assert len(answer["output_ids"]) == num_tokens
-        assert answer["output_ids"][:8] == greedy(tuple(ids), 8)
-    assert answers[0]["output_ids"] == greedy(tuple(jobs[0][0]), 240)
+        futures = [pool.submit(system.generate, "chat", prompt, 90) for prompt in prompts]
+        answers = [future.result()["output_ids"] for future in futures]
+    assert answers == greedy_batch(tuple(map(tuple, prompts)), 90)
+    assert "Retract requests" in system.log_text()

@@ -157,8 +157,9 @@ class ByHand:
         while seen < len(self.all):
             command, seen = self.all[seen], seen + 1
             match command.message:
-                case StartRuntime(model=name):
-                    self.hello(name)
+                case StartRuntime(runtime=runtime, model=name) if self.state(name).runtime == runtime:
+                    if self.state(name).state == "starting":
+                        self.hello(name)
                 case Sleep(runtime=runtime):
                     self.slept(runtime)
 

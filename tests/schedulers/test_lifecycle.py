@@ -99,6 +99,15 @@ def test_grant_on_a_runtime_that_died_with_the_router_is_lost() -> None:
     assert [lost.request for lost in of(later, Lost)] == ["r2"]
 
 
+def test_api_server_that_says_hello_after_its_runtime_died_is_told() -> None:
+    router = restarted()
+    router.supervisor(SupervisorHello(alive=[OLD]))
+    router.runtime(hello_of(OLD, RuntimeState.AWAKE, "r1"))
+    router.exit("chat")
+    commands = router.api(ApiHello(api="api", granted=[(RequestKey(RequestId("r1"), 1), OLD)]))
+    assert [lost.request for lost in of(commands, Lost)] == ["r1"]
+
+
 def test_second_runtime_of_a_model_is_stopped() -> None:
     router = restarted()
     other = RuntimeId("chat@host0.1-2")

@@ -207,3 +207,40 @@ def test_small_model_does_not_take_what_an_overdue_big_one_waits_for() -> None:
     assert started_models(router.submit("c", "small")) == []
     router.finish("a", "chat")
     assert started_models(router.slept(router.id("chat"))) == ["big"]
+
+
+def test_words_said_twice_or_late_change_nothing() -> None:
+    router = ByHand(config(model("chat"), model("code"), budget_mib=300))
+    router.start_all()
+    router.submit("r1", "chat")
+    router.slept(router.id("code"))
+    router.woke("chat")
+    router.finish("r1", "chat")
+    router.now += 5
+    router.submit("r2", "code")
+    router.slept(router.id("chat"))
+    assert router.state("code").state == "waking"
+    assert router.slept(router.id("code")) == []
+    assert router.woke("chat") == []
+    assert [router.state(name).state for name in ("chat", "code")] == ["asleep", "waking"]
+
+
+def test_sleeping_model_moves_when_the_rest_of_its_device_is_pinned() -> None:
+    router = ByHand(config(model("chat"), model("code"), model("third"), budget_mib=300, devices=2))
+    router.start_all()
+    asleep, pinned = ("chat", "third") if router.state("chat").state == "asleep" else ("code", "third")
+    home = router.state(asleep).device
+    assert router.state(pinned).device == home
+    router.admin("pin", pinned)
+    router.submit("r1", asleep)
+    assert router.state(asleep).state == "stopping"
+    router.exit(asleep, expected=True)
+    router.start_all()
+    assert router.state(asleep).device not in (None, home)
+    assert granted(router.all) == ["r1"]
+
+
+def test_model_goes_only_where_it_may() -> None:
+    router = ByHand(config(model("chat"), model("code", devices=("host0",)), budget_mib=300, devices=2))
+    router.start_all()
+    assert router.state("code").device == "host0"

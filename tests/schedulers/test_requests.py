@@ -171,6 +171,10 @@ def test_silent_api_server_and_its_requests_are_forgotten() -> None:
     router.submit("r2")
     router.wait(32, beats=False)
     assert (router.state("chat").queued, router.state("chat").in_flight) == (0, 0)
+    # It was only slow: it tells of what it has again.
+    router.api(ApiHello(api="api", granted=[(RequestKey(RequestId("r1"), 1), router.id("chat"))]))
+    router.submit("r2")
+    assert (router.state("chat").queued, router.state("chat").in_flight) == (1, 1)
 
 
 def test_finish_that_was_lost_is_seen_in_the_heartbeat() -> None:

@@ -1,0 +1,117 @@
+"""What the devices look like while the wants are gone through.
+
+One pass may look at hundreds of wants, so a device is looked at once, and again only after a change on it.
+"""
+
+from __future__ import annotations
+
+from prism_sgl.schedulers import placement
+from prism_sgl.schedulers.memory_plan import Resident, Tally
+from prism_sgl.schedulers.placement import Demand, Place
+from prism_sgl.schedulers.request_table import RequestTable
+from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model
+
+
+def is_busy(model: Model, table: RequestTable) -> bool:
+    return bool(table.queued(model.name) or table.running(model.runtime.id))
+
+
+def demand(model: Model, fleet: Fleet, now: float) -> Demand:
+    facts, config = model.facts, model.config
+    kv_bytes = facts.kv_bytes_per_token if facts is not None else config.kv_bytes_per_token
+    return Demand(
+        model=model.name,
+        weights_bytes=fleet.weights_bytes(model),
+        needed_bytes=fleet.mapped_bytes(model),
+        pressure=placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s),
+        devices=model.devices,
+    )
+
+
+class Pictures:
+    """Owner of the pictures of one pass. Tallies live for the whole pass: they hold its claims."""
+
+    def __init__(self, fleet: Fleet, table: RequestTable, now: float) -> None:
+        self._fleet = fleet
+        self._table = table
+        self._now = now
+        self._residents: dict[str, list[Resident]] = {}
+        self._places: dict[str, Place] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._possible_bytes: dict[str, int] = {}
+
+    def changed(self, device: str) -> None:
+        self._residents.pop(device, None)
+        self._places.pop(device, None)
+        self._possible_bytes.pop(device, None)
+
+    def residents(self, device: Device) -> list[Resident]:
+        """The models that are awake there."""
+        if (known := self._residents.get(device.name)) is not None:
+            return known
+        residents = [
+            Resident(
+                model=model.name,
+                gives_bytes=model.runtime.charged_bytes - self._fleet.asleep_bytes(model),
+                pinned=model.pinned,
+                busy=is_busy(model, self._table),
+                served=model.runtime.served,
+                priority=model.config.priority,
+                awake_since=model.runtime.awake_since,
+                idle_since=model.runtime.idle_since,
+            )
+            for model in device.residents.values()
+            if model.runtime.state is AWAKE
+        ]
+        self._residents[device.name] = residents
+        return residents
+
+    def tally(self, device: Device) -> Tally:
+        if (known := self._tallies.get(device.name)) is not None:
+            return known
+        coming = 0
+        for model in device.residents.values():
+            if model.runtime.state is STOPPING:
+                coming += model.runtime.charged_bytes
+            elif model.runtime.state is DRAINING:
+                coming += model.runtime.charged_bytes - self._fleet.asleep_bytes(model)
+        return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
+
+    def place(self, device: Device) -> Place:
+        if (known := self._places.get(device.name)) is not None:
+            return known
+        models = list(device.residents.values())
+        mapped = [model for model in models if model.runtime.mapped]
+        place = Place(
+            device=device.name,
+            budget_bytes=device.budget_bytes,
+            free_bytes=device.free_bytes,
+            reclaimable_bytes=sum(
+                r.gives_bytes for r in self.residents(device) if not r.pinned and not r.busy
+            ),
+            possible_bytes=self._possible(device),
+            awake_weights_bytes=sum(map(self._fleet.weights_bytes, mapped)),
+            home_weights_bytes=sum(map(self._fleet.weights_bytes, models)),
+            pressure=sum(demand(model, self._fleet, self._now).pressure for model in mapped),
+        )
+        self._places[device.name] = place
+        return place
+
+    def places(self) -> list[Place]:
+        return [self.place(device) for device in self._fleet.devices.values()]
+
+    def possible_bytes(self, device: Device, model: Model) -> int:
+        """What this model could have there if all but the pinned ones slept."""
+        own = self._kept_bytes(model) if model.runtime.device == device.name else 0
+        return self._possible(device) + own
+
+    def _possible(self, device: Device) -> int:
+        if (known := self._possible_bytes.get(device.name)) is None:
+            known = device.budget_bytes - sum(map(self._kept_bytes, device.residents.values()))
+            self._possible_bytes[device.name] = known
+        return known
+
+    def _kept_bytes(self, model: Model) -> int:
+        if model.pinned and model.runtime.mapped:
+            return model.runtime.charged_bytes
+        return self._fleet.asleep_bytes(model)
