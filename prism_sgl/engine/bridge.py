@@ -56,6 +56,7 @@ _PEER_SILENT_S = 15.0
 _LOOK_EVERY_S = 2.0
 _REMEMBERED = 10_000
 _READ_BATCH = 256
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _USAGE_BYTES = 4096
 _USAGE = re.compile(rb'"(prompt_tokens|cached_tokens|completion_tokens)"\s*:\s*(\d{1,12})')
 
@@ -71,6 +72,8 @@ class _Exchange:
         self.gone = False  # the client, or the api_server
         self.complete = False  # the last chunk is out, or the runtime gave up
         self.status = 0
+        self.started_told = False
+        self.answering = False  # the head is out
         self.tail = b""
         self.began = bridge.loop.time()
         self.task: asyncio.Task[None] | None = None
@@ -78,6 +81,7 @@ class _Exchange:
         self._body: bytes | None = body
         self._credit = forward.credit
         self._refill: asyncio.Future[None] | None = None
+        self._head: Head | None = None
         self._disconnect = asyncio.Event()
         self._seq = 0
 
@@ -100,7 +104,12 @@ class _Exchange:
             case "http.response.start":
                 self.status = message["status"]
                 headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-                self._reply(Head, status=self.status, headers=headers)
+                # Sent with the first chunk. The api_server has no use for it earlier: an attempt that has not
+                # brought a byte of the body may still be given up for another one.
+                key = self.key
+                self._head = Head(
+                    request=key.request, attempt=key.attempt, status=self.status, headers=headers
+                )
             case "http.response.body":
                 last = not message.get("more_body", False)
                 if body := bytes(message.get("body", b"")):
@@ -124,19 +133,21 @@ class _Exchange:
             return
         self._credit -= 1
         seq, self._seq = self._seq, self._seq + 1
+        key = self.key
+        if self._head is not None:
+            self._bridge.reply(self, self._head)
+            self._head = None
+            self.answering = True
+        self._bridge.reply(self, Chunk(request=key.request, attempt=key.attempt, seq=seq, last=last), body)
+        # The client first, then the router.
         if body:
             if seq == 0:
                 self._bridge.first_byte(self)
             self.tail = (
-                body[-_USAGE_BYTES:] if len(body) >= _USAGE_BYTES else self.tail[-_USAGE_BYTES:] + body
+                (self.tail + body)[-_USAGE_BYTES:] if len(body) < _USAGE_BYTES else body[-_USAGE_BYTES:]
             )
-        self._reply(Chunk, body, seq=seq, last=last)
         if last:
             self._bridge.end(self, "ok" if self.status < 400 else "error")
-
-    def _reply(self, kind: type[Head] | type[Chunk], body: bytes | None = None, **fields: Any) -> None:
-        message = kind(request=self.key.request, attempt=self.key.attempt, **fields)
-        self._bridge.reply(self, message, body)
 
     def refill(self, chunks: int) -> None:
         self._credit += chunks
@@ -239,14 +250,15 @@ class AsgiBridge:
         self._is_reading = True
         try:
             for _ in range(_READ_BATCH):
-                try:
-                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
+                if not self._has_frames():
                     return
-                self._take(frames)
+                self._take(self._socket.recv_multipart(zmq.NOBLOCK))
             self._schedule()
         finally:
             self._is_reading = False
+
+    def _has_frames(self) -> bool:
+        return bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -287,8 +299,9 @@ class AsgiBridge:
         if forward.counted and not self.awake:
             self._break(exchange, "the model is asleep")
             return
-        self._report(exchange, Started)
         task = self.loop.create_task(self._serve(exchange, forward))
+        # After the app's first step, which is what the client waits for.
+        self.loop.call_soon(self._tell_started, exchange)
         exchange.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -336,11 +349,17 @@ class AsgiBridge:
 
     def _break(self, exchange: _Exchange, why: str) -> None:
         request, attempt = exchange.key.request, exchange.key.attempt
-        broke = Broke(request=request, attempt=attempt, started=exchange.status != 0, message=why)
+        broke = Broke(request=request, attempt=attempt, started=exchange.answering, message=why)
         self._send(exchange.peer, broke)
         self.end(exchange, "error")
 
+    def _tell_started(self, exchange: _Exchange) -> None:
+        if not exchange.started_told:
+            exchange.started_told = True
+            self._report(exchange, Started)
+
     def first_byte(self, exchange: _Exchange) -> None:
+        self._tell_started(exchange)
         self._report(exchange, FirstToken, ttft_s=self.loop.time() - exchange.began)
 
     def end(self, exchange: _Exchange, outcome: str) -> None:
@@ -351,6 +370,7 @@ class AsgiBridge:
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
         exchange.disconnect()
+        self._tell_started(exchange)
         usage = {name.decode(): int(number) for name, number in _USAGE.findall(exchange.tail)}
         self._report(
             exchange,
@@ -373,7 +393,7 @@ class AsgiBridge:
 
     # ------------------------------------------------------------ to api_servers
 
-    def reply(self, exchange: _Exchange, message: Head | Chunk, body: bytes | None) -> None:
+    def reply(self, exchange: _Exchange, message: Head | Chunk, body: bytes | None = None) -> None:
         if not self._send(exchange.peer, message, body):
             self._cancel(exchange)
 
@@ -389,7 +409,7 @@ class AsgiBridge:
             self.undeliverable += 1
             return False
         # A send may have used up the descriptor's signal of a frame that came meanwhile.
-        if not self._is_reading and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._is_reading and self._has_frames():
             self._schedule()
         return True
 

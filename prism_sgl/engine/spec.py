@@ -30,6 +30,8 @@ def announce_device_kind(kind: str) -> None:
         # One thread an engine: several engines share the cores, and spinning pools would fight for them.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # The first JSON schema would wait 37 s while inductor compiles one masked_fill (llguidance/torch.py).
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def announce_spec(spec: RuntimeSpec) -> None:

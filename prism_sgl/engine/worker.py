@@ -101,6 +101,9 @@ class Worker:
             self.engine.tokenizer_manager.auto_create_handle_loop()
             # SGLang's own handler drains in steps of five seconds; draining is the router's business here.
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+            # SGLang's watchdog says with SIGQUIT that a child is gone, and its handler then takes five seconds for
+            # diagnostics. The standby ends what is left of our session, and the model is back sooner.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, _engine_died)
             context = zmq.asyncio.Context()
             self.router = context.socket(zmq.DEALER)
             self.router.setsockopt(zmq.IDENTITY, self.spec.runtime.encode())
@@ -210,6 +213,11 @@ class Worker:
             wanted_bytes=mine.wanted * GRANULE_BYTES if mine else 0,
             in_flight=len(self.bridge.running),
         )
+
+
+def _engine_died() -> None:
+    log.error("a process of the engine ended; see above for the reason")
+    os._exit(1)
 
 
 def serve(spec: RuntimeSpec) -> None:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _STATUS_EVERY_S = 1.0
 _STATUS_AT_MOST_EVERY_S = 0.05
+_TIMER_SLACK_S = 0.001
 _SUPERVISOR = b"supervisor"
 M = TypeVar("M", bound=Message)
 
@@ -148,12 +149,14 @@ class Router:
     def _settle(self) -> None:
         """After a batch of events: tell of what changed, and when to look again."""
         now = time.monotonic()
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
-            self._tick_timer = None
+        # A timer that is set for earlier stays: to tick once too often costs less than to set it for each event.
         wait_s = self._controller.next_tick(now)
         if wait_s is not None:
-            self._tick_timer = self._loop.call_later(wait_s, self._tick)
+            timer = self._tick_timer
+            if timer is None or timer.when() > self._loop.time() + wait_s + _TIMER_SLACK_S:
+                if timer is not None:
+                    timer.cancel()
+                self._tick_timer = self._loop.call_later(wait_s, self._tick)
         changed = self._controller.num_moves != self._moves_told
         due_at = self._status_at + (_STATUS_AT_MOST_EVERY_S if changed else _STATUS_EVERY_S)
         if now >= due_at:

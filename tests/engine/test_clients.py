@@ -105,7 +105,7 @@ def test_a_client_that_goes_away_frees_its_slots(system: System) -> None:
     }
     with system.client.stream("POST", "/m/chat/generate", json=body) as reply:
         next(reply.iter_bytes())
-        assert system.status("chat")["in_flight"] == 1
+        wait_for("the router to know it", lambda: system.status("chat")["in_flight"] == 1)
     wait_for("the request to leave", lambda: system.status("chat")["in_flight"] == 0, timeout_s=15)
 
     def nothing_runs() -> bool:
