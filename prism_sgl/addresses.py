@@ -35,6 +35,11 @@ def doorbell(run_dir: str, pid: int) -> str:
     return str(Path(run_dir) / f"bell-{pid}")
 
 
+def first_tokens(run_dir: str, runtime: RuntimeId) -> str:
+    """AF_UNIX datagram socket of a worker: its scheduler says how many requests have had their first token."""
+    return str(Path(run_dir) / f"rt-{_file_name(runtime)}.first")
+
+
 def image_store(run_dir: str) -> str:
     """AF_UNIX SOCK_SEQPACKET socket of the supervisor's image store (passes memfds)."""
     return str(Path(run_dir) / "images.sock")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import uvloop
 import zmq
 import zmq.asyncio
 from starlette.applications import Starlette
@@ -274,7 +275,7 @@ def main() -> None:
     async def run() -> None:
         await FakeEngine(RuntimeId(given.runtime), given.run_dir, hold_wakes=given.hold_wakes).run()
 
-    asyncio.run(run())
+    uvloop.run(run())  # as the worker does
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ class _Exchange:
         self.complete = False  # the last chunk is out, or the runtime gave up
         self.status = 0
         self.started_told = False
+        self.first_told = False
         self.answering = False  # the head is out
         self.tail = b""
         self.began = bridge.loop.time()
@@ -182,6 +183,7 @@ class AsgiBridge:
         self.undecodable = 0
         self.repeated = 0
         self.undeliverable = 0
+        self._first_told = 0  # requests whose first token the router knows of
         self.awake = True  # set False before the engine sleeps: then nothing that needs a forward is let in
         self._app = app
         self._runtime = runtime
@@ -358,7 +360,26 @@ class AsgiBridge:
             exchange.started_told = True
             self._report(exchange, Started)
 
+    def prefilled(self, total: int) -> None:
+        """The engine says how many requests have had their first token since it began.
+
+        It does not say which: they come in order of arrival, near enough for a window that only counts them.
+        """
+        for exchange in self._running.values():
+            if self._first_told >= total:
+                return
+            if exchange.counted and not exchange.first_told:
+                self._tell_first(exchange)
+        # Cancelled in between, or several prompts in one request: nobody is left to tell of them.
+        self._first_told = max(self._first_told, total)
+
     def first_byte(self, exchange: _Exchange) -> None:
+        if not exchange.first_told and exchange.status < 400:
+            self._tell_first(exchange)
+
+    def _tell_first(self, exchange: _Exchange) -> None:
+        exchange.first_told = True
+        self._first_told += exchange.counted
         self._tell_started(exchange)
         self._report(exchange, FirstToken, ttft_s=self.loop.time() - exchange.began)
 

@@ -1,4 +1,4 @@
-"""All device memory of one runtime: its slot in the ledger, its KV arena, its weights arena.
+"""What our code in SGLang's scheduler process holds: ledger slot, KV arena, weights arena, line to the worker.
 
 One object a scheduler process, made when SGLang loads the model and found through ``RuntimeMemory.current()``,
 because SGLang builds pools and models by itself and gives our code nothing to hold on to.
@@ -21,6 +21,7 @@ from prism_sgl.allocator.page_pool import PagePool
 from prism_sgl.allocator.vmm import GRANULE_BYTES, Vmm
 from prism_sgl.allocator.vmm_host import HostArena
 from prism_sgl.allocator.weights import WeightsArena
+from prism_sgl.engine.first_tokens import FirstTokenTeller
 from prism_sgl.engine.spec import current_spec
 from prism_sgl.errors import PrismError, UnsupportedModelError
 from prism_sgl.messages import RuntimeSpec
@@ -47,7 +48,7 @@ def granules(size_bytes: int) -> int:
 
 
 class RuntimeMemory:
-    """Owner of the ledger slot and of both arenas of this process."""
+    """Owner of the ledger slot and of both arenas of this process, and what else its hooks share."""
 
     _current: ClassVar[RuntimeMemory | None] = None
 
@@ -64,6 +65,7 @@ class RuntimeMemory:
         )
         self.kv: ElasticPool | None = None
         self.weights: WeightsArena | None = None
+        self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
         self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)
 
     @classmethod

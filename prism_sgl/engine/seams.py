@@ -84,6 +84,14 @@ def _retract_decode(original: Callable[..., Any], batch: Any, server_args: Any) 
     return original(batch, server_args)
 
 
+def _batch_done(result: Any, scheduler: Any, batch: Any, _batch_result: Any) -> None:
+    """A request whose first token has just come out has one output token; a chunk that is not the last, none."""
+    if batch.forward_mode.is_extend():
+        first = sum(len(request.output_ids) == 1 for request in batch.reqs)
+        if first:
+            RuntimeMemory.current().first_tokens.add(first)
+
+
 def _init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """The engine is complete: bind it to its memory; the facts travel to the worker with SGLang's own answer."""
     facts = sleep_wake.bind(scheduler)
@@ -125,6 +133,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(f"{_SCHEDULER}.init_idle_sleeper", HookType.AFTER, _register_bell, ("self",)),
     Seam(f"{_SCHEDULER}.get_init_info", HookType.AFTER, _init_info, ("self",)),
+    Seam(f"{_SCHEDULER}.process_batch_result", HookType.AFTER, _batch_done, ("self", "batch", "result")),
     Seam(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
         HookType.AROUND,

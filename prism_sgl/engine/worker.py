@@ -21,6 +21,7 @@ import zmq.asyncio
 
 from prism_sgl import addresses, messages
 from prism_sgl.engine import spec as spec_channel
+from prism_sgl.engine.first_tokens import FirstTokenListener
 from prism_sgl.errors import PrismError
 from prism_sgl.messages import (
     AskHello,
@@ -112,7 +113,9 @@ class Worker:
             self.router.connect(addresses.router_for_runtimes(self.spec.run_dir))
             self.control = SchedulerControl(self.engine.rpc_ipc_name)
             self.bridge = AsgiBridge(self.engine.app, self.spec.runtime, self.spec.run_dir, self.report)
+            first_tokens = FirstTokenListener(addresses.first_tokens(self.spec.run_dir, self.spec.runtime))
             async with self.bridge:
+                asyncio.get_running_loop().add_reader(first_tokens, self._on_first_tokens, first_tokens)
                 self.state = RuntimeState.AWAKE
                 self.start_s = self.phases.ready()
                 self.report(self.hello())
@@ -138,6 +141,11 @@ class Worker:
             start_s=self.start_s,
             phases=self.phases.seconds,
         )
+
+    def _on_first_tokens(self, listener: FirstTokenListener) -> None:
+        total = listener.read()
+        if total is not None:
+            self.bridge.prefilled(total)
 
     async def _obey(self) -> None:
         """Commands of the router, one after the other."""
@@ -166,9 +174,11 @@ class Worker:
         if self.bridge.running:
             self.report(SleepRefused(runtime=runtime, reason="requests are being answered"))
             return
+        self.bridge.awake = False
         try:
             seconds = await self.control.sleep()
         except SchedulerCallError as refusal:
+            self.bridge.awake = True
             self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
         else:
             self.state = RuntimeState.ASLEEP
@@ -187,6 +197,7 @@ class Worker:
             self.report(WakeFailed(runtime=runtime, reason=reason, shortage=reason.startswith("shortage")))
         else:
             self.state = RuntimeState.AWAKE
+            self.bridge.awake = True
             self.report(Woke(runtime=runtime, seconds=seconds))
 
     async def _beat(self) -> None:

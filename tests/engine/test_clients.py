@@ -104,7 +104,8 @@ def test_a_client_that_goes_away_frees_its_slots(system: System) -> None:
         "stream": True,
     }
     with system.client.stream("POST", "/m/chat/generate", json=body) as reply:
-        next(reply.iter_bytes())
+        parts = reply.iter_bytes()  # kept: a collected iterator closes the connection
+        next(parts)
         wait_for("the router to know it", lambda: system.status("chat")["in_flight"] == 1)
     wait_for("the request to leave", lambda: system.status("chat")["in_flight"] == 0, timeout_s=15)
 

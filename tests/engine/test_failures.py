@@ -33,9 +33,7 @@ def test_kill_of_the_router_loses_and_doubles_nothing(system: System) -> None:
             pool.submit(system.generate, "chat" if i % 2 else "code", prompt, NUM_TOKENS)
             for i, prompt in enumerate(prompts)
         ]
-        wait_for(
-            "requests to run", lambda: sum(system.status(m)["in_flight"] for m in ("chat", "code")) >= 4
-        )
+        wait_for("requests to run", lambda: sum(system.status(m)["in_flight"] for m in ("chat", "code")) >= 4)
         old = router_pid(system)
         os.kill(old, signal.SIGKILL)
         answers = [future.result()["output_ids"] for future in futures]
