@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ QUESTIONS = {
     "code": "Write a Python line that prints hello.",
     "poet": "Write two lines about the sea.",
 }
-# Texts that fill a model's KV, so that its neighbour has to ask for memory: one for each number.
-NUM_LONG_TEXTS = {"chat": 3, "code": 2}
+# Texts read at the same time, more than fit into a floor: so many of them fill a model's KV, and the next model
+# has to ask its neighbour for memory.
+NUM_LONG_TEXTS = {"chat": 3, "code": 3}
 LONG_TEXT_WORDS = 1100
 PROOFS = {
     "a sleep": re.compile(r"\bsleep: gave back (?!0 MiB)"),
@@ -108,7 +111,9 @@ def wait(server: subprocess.Popen[str]) -> int:
 
 def lines(server: subprocess.Popen[str]) -> Iterator[str]:
     assert server.stdout is not None
-    yield from server.stdout
+    # Not "yield from": the end of this generator would close the pipe, and it is read again later.
+    for line in server.stdout:  # noqa: UP028
+        yield line
 
 
 def echo_until_ready(server: subprocess.Popen[str]) -> bool:
@@ -126,9 +131,9 @@ def tour(config: Config) -> int:
         snapshots.take("before")
         for model, num in NUM_LONG_TEXTS.items():
             if model in config.models:
-                for number in range(num):
-                    read_long_text(client, model, number)
-                snapshots.take(f"{model} has read {num} long texts")
+                with ThreadPoolExecutor(num) as pool:
+                    list(pool.map(partial(read_long_text, client, model), range(num)))
+                snapshots.take(f"{model} has read {num} texts")
         for model in config.models:
             question = QUESTIONS.get(model, QUESTIONS["chat"])
             print(f"\n{model} <- {question}", flush=True)

@@ -43,7 +43,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kv_page_bytes: int = 2 << 20  # key kv_page
-    weights_page_bytes: int = 64 << 20  # key weights_page
+    weights_page_bytes: int = 2 << 20  # key weights_page
     host_cache_bytes: int = 0  # key host_cache: cap of all weight images; 0: half of the host's memory
 
 

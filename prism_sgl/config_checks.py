@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prism_sgl import addresses
+from prism_sgl import addresses, footprint
 from prism_sgl.errors import ConfigError
 from prism_sgl.messages import RuntimeId
 from prism_sgl.units import GRANULE_BYTES, round_up, show_size
@@ -126,16 +126,19 @@ def allowed_devices(config: Config, model: ModelConfig) -> Iterable[DeviceConfig
 
 def least_bytes(config: Config, model: ModelConfig) -> int:
     """What the model must hold to answer its longest request, as far as its files tell."""
-    floor = max(one_request_bytes(model), model.min_kv_bytes)
-    return model.weights_bytes + round_up(floor, config.memory.kv_page_bytes)
-
-
-def one_request_bytes(model: ModelConfig) -> int:
-    return model.kv_bytes_per_token * model.context_tokens
+    memory = config.memory
+    one = footprint.floor_bytes(
+        request_tokens=model.context_tokens,
+        block_tokens=model.block_tokens,
+        token_bytes=model.kv_bytes_per_token,
+        page_bytes=memory.kv_page_bytes,
+    )
+    floor = max(one, round_up(model.min_kv_bytes, memory.kv_page_bytes))
+    return footprint.weights_bytes(model.weights_bytes, memory.weights_page_bytes) + floor
 
 
 def _check_kv(config: Config, model: ModelConfig) -> None:
-    one = one_request_bytes(model)
+    one = model.kv_bytes_per_token * model.context_tokens
     for key, size_bytes in (("min_kv", model.min_kv_bytes), ("max_kv", model.max_kv_bytes)):
         if 0 < size_bytes < one:
             least = show_size(round_up(one, GRANULE_BYTES))

@@ -175,7 +175,7 @@ ERRORS = {
         'server.log_level is "loud"; give "debug" or "info" or "warning" or "error"'
     ),
     '[memory]\nkv_page = "3MiB"\n': 'memory.kv_page is "3MiB"; give a multiple of 2MiB, e.g. "2MiB"',
-    '[memory]\nweights_page = "1MiB"\n': 'memory.weights_page is "1MiB"; give at least 2MiB, e.g. "64MiB"',
+    '[memory]\nweights_page = "1MiB"\n': 'memory.weights_page is "1MiB"; give at least 2MiB, e.g. "2MiB"',
     "[scheduler]\nmin_move_gain = -0.1\n": (
         "scheduler.min_move_gain is -0.1; give a number from 0 to 10, e.g. 0.1"
     ),
@@ -259,11 +259,11 @@ ERRORS = {
         "models.chat.min_kv is 64MiB, more than max_kv (32MiB); lower it or raise max_kv"
     ),
     HOST.replace("1GiB", "64MiB") + CHAT: (
-        "models.chat needs 108MiB (100MiB of them weights), more than the 64MiB of host0; "
+        "models.chat needs 112MiB (100MiB of them weights), more than the 64MiB of host0; "
         "give a device more memory, or lower engine_args.context_length or min_kv"
     ),
     HOST.replace("1GiB", "200MiB") + CHAT + 'pin = true\n[models.code]\npath = "MODEL"\npin = true\n': (
-        "models.chat.pin is true, but pinned chat, code need 216MiB of the 200MiB on host0; pin fewer models"
+        "models.chat.pin is true, but pinned chat, code need 224MiB of the 200MiB on host0; pin fewer models"
     ),
     # syntax
     "[server]\nport =\n": "line 2, column 7 is not TOML (Invalid value); correct it there",

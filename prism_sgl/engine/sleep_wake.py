@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Any
 
+from prism_sgl import footprint
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
 from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError, granules
@@ -28,23 +29,20 @@ def bind(scheduler: Any) -> RuntimeFacts:
     """The engine is complete: fix the floor, take it, and tell what only the engine knows.
 
     Raises:
-        PrismError: ``min_kv`` is smaller than one request of full length, or the floor never came.
+        ShortageError: the floor never came.
     """
     memory = RuntimeMemory.current()
     point = memory.safe_point = SafePoint(scheduler, memory)
     pool = point.allocator.elastic
     token_bytes = pool.pages.block_bytes // point.allocator.page_size
-    # Admission wants strictly more than prompt + answer + one block (schedule_policy.py:1095), and block 0 is lost.
-    full_tokens = scheduler.max_req_len + 3 * point.allocator.page_size
-    full = granules(full_tokens * token_bytes) + granules(pool.pages.page_bytes)
-    floor = max(granules(memory.spec.floor_bytes), 0) or full
+    full_bytes = footprint.floor_bytes(
+        request_tokens=scheduler.model_config.context_len,
+        block_tokens=point.allocator.page_size,
+        token_bytes=token_bytes,
+        page_bytes=pool.pages.page_bytes,
+    )
+    floor = granules(max(memory.spec.floor_bytes, full_bytes))
     ceiling = granules(pool.vmm.size_bytes)
-    if floor < full:
-        raise PrismError(
-            f"models.{memory.spec.model}.min_kv is {floor * GRANULE_BYTES >> 20} MiB, but one request of full length "
-            f"({scheduler.max_req_len} tokens) needs {full * GRANULE_BYTES >> 20} MiB; "
-            "raise min_kv or lower engine_args.context_length"
-        )
     floor = min(floor, ceiling)
     memory.owner.set_quota(floor, ceiling)
     if not point.ensure_usable(scheduler.max_req_len):

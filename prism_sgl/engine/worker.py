@@ -182,6 +182,7 @@ class Worker:
             self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
         else:
             self.state = RuntimeState.ASLEEP
+            self.report(self._load())  # what it holds now, before the state that follows from it
             self.report(Slept(runtime=runtime, seconds=seconds))
 
     async def _wake(self) -> None:
@@ -198,6 +199,7 @@ class Worker:
         else:
             self.state = RuntimeState.AWAKE
             self.bridge.awake = True
+            self.report(self._load())
             self.report(Woke(runtime=runtime, seconds=seconds))
 
     async def _beat(self) -> None:

@@ -14,11 +14,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from prism_sgl.config import Config, ModelConfig
-from prism_sgl.config_checks import allowed_devices, one_request_bytes
+from prism_sgl.config_checks import allowed_devices, least_bytes
 from prism_sgl.errors import IllegalMoveError
 from prism_sgl.messages import RequestId, RuntimeFacts, RuntimeId, RuntimeState
 from prism_sgl.schedulers.latency import LatencyEstimate, TokenRate
-from prism_sgl.units import round_up
 
 COLD, STARTING, AWAKE = RuntimeState.COLD, RuntimeState.STARTING, RuntimeState.AWAKE
 DRAINING, ASLEEP, WAKING = RuntimeState.DRAINING, RuntimeState.ASLEEP, RuntimeState.WAKING
@@ -149,7 +148,7 @@ class Fleet:
     """
 
     def __init__(self, config: Config) -> None:
-        self._page_bytes = config.memory.kv_page_bytes
+        self._config = config
         self.devices = {d.name: Device(d.name, d.memory_bytes) for d in config.devices}
         self.models = {
             name: Model(name, m, m.pin, tuple(d.name for d in allowed_devices(config, m)))
@@ -183,8 +182,7 @@ class Fleet:
         """Weights + floor of KV + overhead: from the engine's facts, before its first Hello from the files."""
         if (facts := model.facts) is not None:
             return facts.weights_bytes + facts.floor_bytes + facts.overhead_bytes
-        floor = model.config.min_kv_bytes or one_request_bytes(model.config)
-        return model.config.weights_bytes + round_up(floor, self._page_bytes)
+        return least_bytes(self._config, model.config)
 
     def asleep_bytes(self, model: Model) -> int:
         return model.facts.overhead_bytes if model.facts is not None else 0
