@@ -46,6 +46,8 @@ class SafePoint:
     # -- the hook
 
     def next_batch(self, original: Callable[..., Any], running_batch: Any, last_batch: Any) -> Any:
+        # A ring that nobody takes would keep the idle engine's poll from ever sleeping.
+        self.memory.bell.drain()
         self._answer_target(running_batch)
         short = self._grow_for_work(running_batch)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)

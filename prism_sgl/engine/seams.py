@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import zmq
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from prism_sgl.engine import sleep_wake
@@ -72,7 +73,8 @@ def _next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any
 
 def _register_bell(result: Any, scheduler: Any) -> None:
     """An idle engine sleeps in a poll; a neighbour's doorbell must wake it."""
-    scheduler.idle_sleeper.poller.register(RuntimeMemory.current().bell.fileno())
+    # Incoming only: a datagram socket can always be written, and the default would never let the poll sleep.
+    scheduler.idle_sleeper.poller.register(RuntimeMemory.current().bell.fileno(), zmq.POLLIN)
 
 
 def _retract_decode(original: Callable[..., Any], batch: Any, server_args: Any) -> Any:

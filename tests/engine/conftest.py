@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +33,24 @@ memory = "1120MiB"
 path = "{path}"
 aliases = ["small"]
 max_kv = "64MiB"
-engine_args = {{ context_length = 512, dtype = "float32", chunked_prefill_size = 128, max_running_requests = 16, schedule_conservativeness = 0.3 }}
+[models.chat.engine_args]
+context_length = 512
+dtype = "float32"
+chunked_prefill_size = 128
+max_running_requests = 16
+schedule_conservativeness = 0.3
+[models.broken]
+path = "{broken}"
+engine_args = {{ context_length = 512 }}
 [models.code]
 path = "{path}"
 block_tokens = 16
 max_kv = "64MiB"
-engine_args = {{ context_length = 512, dtype = "float32", chunked_prefill_size = 128, max_running_requests = 16 }}
+[models.code.engine_args]
+context_length = 512
+dtype = "float32"
+chunked_prefill_size = 128
+max_running_requests = 16
 """
 
 
@@ -51,12 +64,23 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         port = probe.getsockname()[1]
     config = Path(folder / "models.toml")
     run_dir, log_dir = folder / "run", folder / "logs"
-    config.write_text(CONFIG.format(port=port, run_dir=run_dir, log_dir=log_dir, path=MODEL_PATH))
+    broken = folder / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # all but the weights
+        shutil.copy(MODEL_PATH / name, broken)
+    config.write_text(
+        CONFIG.format(port=port, run_dir=run_dir, log_dir=log_dir, path=MODEL_PATH, broken=broken)
+    )
+    shared_memory = set(Path("/dev/shm").iterdir())
     running = System(config, run_dir, log_dir, port)
     try:
         running.wait_ready()
         yield running
     finally:
-        running.stop()
-        if running.process.returncode:
-            print("\n".join(running.lines))
+        processes = running.processes()
+        code = running.stop()
+    assert code == 0, "\n".join(running.lines)
+    # No orphan and no file is left behind, whatever the tests have killed.
+    assert not [line for pid, line in processes.items() if Path(f"/proc/{pid}").exists()]
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert not run_dir.exists()

@@ -128,6 +128,12 @@ def wait_for(what: str, true: Any, timeout_s: float = 60) -> None:
         time.sleep(0.005)
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time that the process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _descendants(root: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):

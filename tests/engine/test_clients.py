@@ -145,6 +145,15 @@ def test_a_prompt_that_can_never_fit_is_refused(system: System) -> None:
     assert reply.status_code == 400
 
 
+def test_a_model_that_cannot_load_says_why_and_the_others_serve(system: System) -> None:
+    wait_for("it to have failed", lambda: system.status("broken")["state"] == "failed")
+    assert "weights" in system.status("broken")["reason"]
+    reply = system.client.post("/m/broken/generate", json={"text": "a"})
+    assert reply.status_code == 503
+    assert "weights" in reply.json()["error"]["message"]
+    assert system.status("chat")["state"] == "awake"
+
+
 def test_health_never_touches_a_model(system: System) -> None:
     assert system.admin("sleep", "code").status_code == 200
     for path in ("/health", "/ready", "/v1/models", "/metrics"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.engine.reference import greedy, greedy_batch, tokens_of
-from tests.engine.system import System, wait_for
+from tests.engine.system import System, cpu_seconds, wait_for
 
 pytestmark = pytest.mark.engine
 
@@ -107,6 +108,16 @@ def test_tokens_hold_while_the_budget_moves_between_two_decoding_models(system: 
     assert later, "code never got its share"
     assert min(kv_of(arenas, "chat") for arenas in later) <= before - 8 * MIB
     assert "reclaim: gave" in system.log_text()
+
+
+def test_an_idle_engine_sleeps_even_after_its_bell_has_rung(system: System) -> None:
+    """chat was asked for memory in the test before; while code works, it must not."""
+    scheduler = system.runtime_pids("chat")["scheduler"]
+    system.generate("chat", long_prompt(60, 8), 1)
+    before_s, began = cpu_seconds(scheduler), time.monotonic()
+    system.generate("code", long_prompt(61, 40), 24)
+    used_s, took_s = cpu_seconds(scheduler) - before_s, time.monotonic() - began
+    assert used_s < 0.25 * took_s, f"{used_s:.2f} s of CPU in {took_s:.2f} s"
 
 
 def test_shortage_retracts_and_loses_nothing(system: System) -> None:
