@@ -54,6 +54,10 @@ max_running_requests = 16
 """
 
 
+def our_shared_files() -> set[Path]:
+    return {f for f in Path("/dev/shm").iterdir() if f.name.startswith(("prism_sgl", "sglang_loads"))}
+
+
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     if not (MODEL_PATH / "config.json").exists():
@@ -71,7 +75,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     config.write_text(
         CONFIG.format(port=port, run_dir=run_dir, log_dir=log_dir, path=MODEL_PATH, broken=broken)
     )
-    shared_memory = set(Path("/dev/shm").iterdir())
+    shared_memory = our_shared_files()
     running = System(config, run_dir, log_dir, port)
     try:
         running.wait_ready()
@@ -82,5 +86,5 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     assert code == 0, "\n".join(running.lines)
     # No orphan and no file is left behind, whatever the tests have killed.
     assert not [line for pid, line in processes.items() if Path(f"/proc/{pid}").exists()]
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert our_shared_files() <= shared_memory
     assert not run_dir.exists()

@@ -43,6 +43,7 @@ def test_plain_launch_server_runs_as_if_we_were_not_installed(tmp_path: Path) ->
     }
     command = [sys.executable, "-m", "sglang.launch_server", *(x for pair in options.items() for x in pair)]
     command += ["--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup"]
+    shared_memory = set(Path("/dev/shm").glob("sglang_loads_*"))
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -69,6 +70,8 @@ def test_plain_launch_server_runs_as_if_we_were_not_installed(tmp_path: Path) ->
     finally:
         os.killpg(server.pid, 9)
         server.wait()
+        for left in set(Path("/dev/shm").glob("sglang_loads_*")) - shared_memory:
+            left.unlink()  # a killed SGLang cannot remove it
     assert seen == {
         "pool": "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
         "allocator": "sglang.srt.mem_cache.allocator.token",
