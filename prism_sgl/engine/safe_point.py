@@ -69,6 +69,9 @@ class SafePoint:
             self._tried_at = time.monotonic()
             wanted -= self.grow(wanted)
             running_batch.batch_is_full = False
+        if waiting and running_batch.is_empty():
+            # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
+            running_batch.batch_is_full = False
         missing = wanted - self.tree.evictable_size() if wanted > 0 else 0
         if missing > 0 and time.monotonic() - self._asked_at > TARGET_DEADLINE_S:
             self._asked_at = time.monotonic()
