@@ -24,6 +24,7 @@ from prism_sgl.launch.frames import FrameSocket
 from prism_sgl.messages import (
     DECODE_ERRORS,
     Abandon,
+    AdminReply,
     Grant,
     Message,
     decode_api_to_router,
@@ -119,6 +120,8 @@ class Router:
             message = encode(command.message)
             match command:
                 case ToApi(api=api):
+                    if isinstance(command.message, AdminReply):
+                        self._tell_status()  # first: who is told "done" must not read the state before
                     if not self._send(self._apis, "api_server", api.encode(), message):
                         lost.append(command)
                 case ToRuntime(runtime=runtime):
