@@ -33,11 +33,11 @@ def evict_pages(tree: Any, allocator: ElasticAllocator, num_pages: int) -> int:
     """
     lost = 0
     goal = len(allocator.empty_pages()) + num_pages
-    while len(allocator.empty_pages()) < goal:
+    # Each look at the pages syncs with the device and sums over all blocks: once a round.
+    while (missing := goal - len(allocator.empty_pages())) > 0:
         candidates = _candidates(tree, allocator)
         if not candidates:
             break
-        missing = goal - len(allocator.empty_pages())
         touched: set[int] = set()
         for cuts in candidates:
             if missing <= 0:
