@@ -88,7 +88,9 @@ class _Worker:
         return True
 
     def grow(self, num_pages: int) -> bool:
-        assert self.pool
+        assert self.owner and self.pool
+        if self.owner.view.is_asleep:
+            return False
         if not self.pool.is_open and self.pool.open() is None:
             return False
         return self.pool.grow(num_pages) is not None
@@ -113,17 +115,33 @@ class _Worker:
         self.owner.release(Kind.WEIGHTS, amount)
         return amount
 
+    def sleep(self) -> bool:
+        """Without KV; the weights stay until somebody asks for them."""
+        assert self.owner and self.pool
+        self.pool.close_all()
+        self.owner.set_state(RuntimeState.ASLEEP)
+        return self.owner.target() is None
+
+    def wake(self, granules: int) -> bool:
+        """With so many granules of weights more; asleep again on shortage."""
+        assert self.owner
+        self.owner.set_state(RuntimeState.WAKING)
+        woken = self.owner.try_reserve(Kind.WEIGHTS, granules)
+        self.owner.set_state(RuntimeState.AWAKE if woken else RuntimeState.ASLEEP)
+        return woken and self.owner.target() is None
+
     def post(self, granules: int) -> list[tuple[str, int]]:
         assert self.owner
         return [(p.name, p.granules) for p in self.owner.post_targets(granules, 3600.0)]
 
     def answer(self) -> int:
-        """Shrink to the target, as a runtime does at its safe point; returns the pages given."""
+        """Shrink to the target, as a runtime does at its safe point; returns the granules given."""
         assert self.owner and self.pool
         target = self.owner.target()
         if target is None:
             return 0
-        given = self.shrink(max(0, self.owner.held(Kind.KV) - target.granules))
+        excess = max(0, self.owner.view.elastic - target.granules)
+        given = self.release(excess) if self.owner.view.is_asleep else self.shrink(excess)
         self.owner.answer_target(target.seq)
         return given
 

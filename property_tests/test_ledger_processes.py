@@ -57,6 +57,7 @@ class Member:
     kv: int = 0
     weights: int = 0
     is_open: bool = False
+    is_asleep: bool = False
     asked: bool = False
 
     @property
@@ -111,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert kv == member.kv + (total if grown else opened)
         if not grown:  # no room, no pages left in the arena, or it waits for one who asked before
             waits = any(other.asked for other in self.living if other is not member)
-            assert total > free or member.kv + total > 16 or waits
+            assert total > free or member.kv + total > 16 or waits or member.is_asleep
         member.kv, member.is_open = kv, kv > 0
 
     @rule(member=members, num_pages=amounts)
@@ -137,17 +138,38 @@ class LedgerMachine(RuleBasedStateMachine):
         if member in self.living:
             posted = member.process.ask(do="post", granules=granules)
             assert sum(amount for _, amount in posted) <= granules
-            names = {other.name for other in self.living if other is not member}
-            assert {name for name, _ in posted} <= names
+            others = {other.name: other for other in self.living if other is not member}
+            assert {name for name, _ in posted} <= others.keys()
+            for name, amount in posted:
+                other = others[name]
+                assert amount <= (other.weights if other.is_asleep else other.kv)
             member.asked = True
 
     @rule(member=members)
     def answer(self, member: Member) -> None:
         if member in self.living:
-            floor = next(view.floor for view in self.ledger.owners() if view.name == member.name)
+            view = next(view for view in self.ledger.owners() if view.name == member.name)
             given = member.process.ask(do="answer")
-            member.kv -= given
-            assert not given or member.kv >= floor
+            if member.is_asleep:
+                member.weights -= given
+                assert not given or (view.target and member.weights == view.target.granules)
+            else:
+                member.kv -= given
+                assert not given or member.kv >= view.floor
+
+    @rule(member=members)
+    def sleep(self, member: Member) -> None:
+        if member in self.living and not member.is_asleep:
+            assert member.process.ask(do="sleep")
+            member.kv, member.is_open, member.is_asleep = 0, False, True
+
+    @rule(member=members, granules=st.integers(0, 10))
+    def wake(self, member: Member, granules: int) -> None:
+        if member in self.living and member.is_asleep:
+            assert member.process.ask(do="wake", granules=granules) is (granules <= self.free)
+            if granules <= self.free:
+                member.weights += granules
+                member.is_asleep = False
 
     @rule(member=consumes(members), data=st.data(), point=st.sampled_from(NAMES), amount=amounts)
     def crash(self, member: Member, data: st.DataObject, point: str, amount: int) -> None:
@@ -206,12 +228,15 @@ class LedgerMachine(RuleBasedStateMachine):
         assert totals.leased + totals.returning + totals.free == BUDGET
         assert (totals.leased, totals.returning) == (BUDGET - self.free - self.returning, self.returning)
         assert totals.free >= 0
+        views = {view.name: view for view in self.ledger.owners() if view.alive}
         for member in self.living:
             held: Any = member.process.ask(do="held")
+            assert views[member.name].is_asleep is member.is_asleep
+            assert views[member.name].elastic == (member.weights if member.is_asleep else member.kv)
             assert held == {"kv": member.kv, "weights": member.weights, "physical": member.kv}
 
 
 TestLedgerProcesses = LedgerMachine.TestCase
 TestLedgerProcesses.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=40, stateful_step_count=25, deadline=None, derandomize=True
 )

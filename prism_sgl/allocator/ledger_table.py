@@ -181,6 +181,7 @@ class LedgerTable:
             wanted=of_slot[Column.WANTED],
             idle_since_ns=of_slot[Column.IDLE_SINCE],
             target=target,
+            answered_seq=of_slot[Column.ANSWERED_SEQ],
         )
 
     def target(self, slot: int) -> Target | None:
@@ -196,13 +197,25 @@ class LedgerTable:
         return None
 
     def write_target(self, slot: int, granules: int, deadline_ns: int) -> Target:
-        """Set the target, never below the floor. Under the lock."""
-        granules = max(granules, self.read(Column.FLOOR, slot))
+        """Set the target, never below what the owner may keep. Under the lock."""
+        granules = max(granules, 0 if self.is_asleep(slot) else self.read(Column.FLOOR, slot))
         seq = self.read(Column.TARGET_SEQ, slot) + 1
         self.write(Column.TARGET, slot, granules)
         self.write(Column.TARGET_DEADLINE, slot, deadline_ns)
         self.write(Column.TARGET_SEQ, slot, seq)
         return Target(granules, seq, deadline_ns)
+
+    def is_asleep(self, slot: int) -> bool:
+        return STATES[self.read(Column.STATE, slot)] is RuntimeState.ASLEEP
+
+    def elastic(self, slot: int) -> int:
+        """See ``OwnerView.elastic``."""
+        weights = self.read(Column.WEIGHTS, slot) if self.is_asleep(slot) else 0
+        return self.read(Column.KV, slot) + weights
+
+    def answer_targets(self, slot: int) -> None:
+        """Whatever was asked of it is settled. Under the lock."""
+        self.write(Column.ANSWERED_SEQ, slot, self.read(Column.TARGET_SEQ, slot))
 
     def clear(self, slot: int) -> int:
         """Free a slot; returns the granules it held. A process killed half-way leaves the rest to the next one."""
@@ -227,7 +240,7 @@ class LedgerTable:
             assert 0 <= view.floor <= view.ceiling, (view.name, view.floor, view.ceiling)
             assert self.read(Column.ANSWERED_SEQ, slot) <= self.read(Column.TARGET_SEQ, slot)
             if view.target is not None and view.alive:
-                assert view.target.granules >= view.floor, (view.name, view.target, view.floor)
+                assert view.target.granules >= view.kept, (view.name, view.target, view.kept)
 
     def _text(self, start: int, size: int, slot: int) -> str:
         at = start + slot * size

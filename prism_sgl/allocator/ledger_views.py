@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from prism_sgl.messages import RuntimeState
 
 # States in which a runtime passes safe points, so that it can answer a reclaim target.
-_ANSWERS = frozenset({RuntimeState.AWAKE, RuntimeState.DRAINING})
+_ANSWERS = frozenset({RuntimeState.AWAKE, RuntimeState.DRAINING, RuntimeState.ASLEEP})
 
 
 class Kind(enum.IntEnum):
@@ -34,7 +34,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A victim should shrink its KV to ``granules``, and after the deadline give up running requests for it."""
+    """A victim should shrink what is elastic of it to ``granules``; after the deadline at the cost of requests."""
 
     granules: int
     seq: int
@@ -77,20 +77,35 @@ class OwnerView:
     wanted: int
     idle_since_ns: int
     target: Target | None  # None: none, or answered
+    answered_seq: int  # all targets up to this one are settled
 
     @property
     def held(self) -> int:
         return self.weights + self.kv + self.overhead
 
     @property
+    def is_asleep(self) -> bool:
+        return self.state is RuntimeState.ASLEEP
+
+    @property
+    def elastic(self) -> int:
+        """What a target counts: KV, and asleep the weights too, for their image can bring them back."""
+        return self.kv + self.weights if self.is_asleep else self.kv
+
+    @property
+    def kept(self) -> int:
+        """The part of ``elastic`` that nobody may ask for."""
+        return 0 if self.is_asleep else self.floor
+
+    @property
     def surplus(self) -> int:
-        """KV above the floor."""
-        return self.kv - self.floor
+        """What it holds beyond what it has a right to."""
+        return self.elastic - self.kept
 
     @property
     def reclaimable(self) -> int:
-        """What may still be asked of it: KV above its floor that nobody has asked for yet."""
+        """What may still be asked of it: surplus that nobody has asked for yet."""
         if not self.alive or self.state not in _ANSWERS:
             return 0
-        kept = self.kv if self.target is None else min(self.kv, self.target.granules)
-        return max(0, kept - self.floor)
+        rest = self.elastic if self.target is None else min(self.elastic, self.target.granules)
+        return max(0, rest - self.kept)

@@ -63,8 +63,8 @@ class Owner:
             crash_points.crash_point("in_lock")
             self._table.write(Column(kind), self._slot, rest)
             target = self._table.target(self._slot)
-            if target is not None and self.held(Kind.KV) <= target.granules:
-                self._table.write(Column.ANSWERED_SEQ, self._slot, target.seq)
+            if target is not None and self._table.elastic(self._slot) <= target.granules:
+                self._table.answer_targets(self._slot)
 
     def _reserve(self, kind: Kind, granules: int, step: int) -> int:
         _insist_amount(granules)
@@ -136,6 +136,8 @@ class Owner:
             self._table.write(Column.FLOOR, self._slot, 0)
             self._table.write(Column.CEILING, self._slot, ceiling)
             self._table.write(Column.FLOOR, self._slot, floor)
+            if self._table.is_asleep(self._slot):
+                return  # the quota is of KV, and there is none
             if target is not None and target.granules < floor:
                 self._table.write_target(self._slot, floor, target.deadline_ns)
             elif self.held(Kind.KV) > ceiling and (target is None or target.granules > ceiling):
@@ -144,9 +146,12 @@ class Owner:
                 )
 
     def set_state(self, state: RuntimeState) -> None:
+        """A target counts other things in another state, so a change settles it; who still lacks memory asks again."""
         with self._table.lock:
             self._insist_alive()
-            self._table.write(Column.STATE, self._slot, STATES.index(state))
+            if self._table.read(Column.STATE, self._slot) != STATES.index(state):
+                self._table.answer_targets(self._slot)
+                self._table.write(Column.STATE, self._slot, STATES.index(state))
 
     def set_activity(self, busy: bool, wanted: int, now_ns: int) -> None:
         """What the engine does now, told at every safe point: needs no lock, each word is only ours.
@@ -217,7 +222,7 @@ class Owner:
     def _post(self, claim: reclaim.Claim, deadline_ns: int) -> Posted:
         crash_points.crash_point("while_posting_target")
         victim = claim.victim
-        kept = victim.kv
+        kept = victim.elastic
         if victim.target is not None:
             kept = min(kept, victim.target.granules)
             deadline_ns = min(deadline_ns, victim.target.deadline_ns)
@@ -246,9 +251,9 @@ def _owed(post: Posted, owners: dict[int, OwnerView]) -> int:
     victim = owners.get(post.slot)
     if victim is None or not victim.alive or victim.epoch != post.epoch:
         return 0
-    if victim.target is None:
-        return 0
-    return min(post.granules, max(0, victim.kv - post.target.granules))
+    if post.target.seq <= victim.answered_seq:
+        return 0  # its end may have counted other things than what is elastic now
+    return min(post.granules, max(0, victim.elastic - post.target.granules))
 
 
 def _insist_amount(granules: int) -> None:

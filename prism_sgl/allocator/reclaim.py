@@ -1,8 +1,9 @@
 """Who gives memory back when an owner is short: a pure function over what the ledger says.
 
-Only KV above a victim's floor can be asked for. An owner below its own floor has a right to it, so it may take
-from anybody; an owner above takes only from those who need it less, with a gap between "I may ask you" and "you
-may ask me back": two busy owners otherwise push the same pages to and fro.
+Only KV above a victim's floor can be asked for, and a sleeper's weights, which its image brings back. An owner
+below its own floor has a right to it, so it may take from anybody; an owner above takes only from those who need it
+less, with a gap between "I may ask you" and "you may ask me back": two busy owners otherwise push the same pages to
+and fro.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Claim:
 def choose_victims(me: OwnerView, owners: Sequence[OwnerView], granules: int, now_ns: int) -> list[Claim]:
     """Whom to ask for ``granules`` in all; fewer if there are no more to be had.
 
-    Idle owners first, longest idle first; then the lowest priority, then the largest surplus. A victim that is
-    overdue is left out: it is slow already, and its next safe point does not come sooner for a larger target.
+    Sleepers first, then idle owners, longest idle first; then the lowest priority, then the largest surplus. A
+    victim that is overdue is left out: it is slow already, and a larger target brings its next safe point no sooner.
     """
     claims: list[Claim] = []
     missing = granules
@@ -42,18 +43,18 @@ def choose_victims(me: OwnerView, owners: Sequence[OwnerView], granules: int, no
     return claims
 
 
-def _order(owner: OwnerView) -> tuple[bool, int, int, int, int]:
+def _order(owner: OwnerView) -> tuple[bool, bool, int, int, int, int]:
     idle_since_ns = 0 if owner.busy else owner.idle_since_ns
-    return (owner.busy, idle_since_ns, owner.priority, -owner.surplus, owner.slot)
+    return (not owner.is_asleep, owner.busy, idle_since_ns, owner.priority, -owner.surplus, owner.slot)
 
 
 def _may_take(me: OwnerView, victim: OwnerView, taken: int) -> int:
     """How many granules the rank of the two allows, after ``taken`` from others."""
-    if me.kv < me.floor or not victim.busy or victim.priority < me.priority:
+    if me.kv < me.floor or victim.is_asleep or not victim.busy or victim.priority < me.priority:
         return victim.reclaimable
     if victim.priority > me.priority:
         return 0
     # Max-min fairness: the surplus of the victim must exceed mine by more than twice the amount, so that after
     # the move it still has more than I and could not have asked me for the same granules.
-    promised = victim.kv - victim.floor - victim.reclaimable
+    promised = victim.surplus - victim.reclaimable
     return max(0, (victim.surplus - promised - (me.surplus + taken) - 1) // 2)

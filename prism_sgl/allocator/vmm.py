@@ -1,7 +1,7 @@
 """What a memory backend does: reserve an address range once, then map and unmap pages in it.
 
 Addresses outlive the memory behind them, which is what lets tensors and captured graphs stay valid while
-pages come and go. There are two backends: ``vmm_host.py`` (memfd and mmap) and the CUDA driver.
+pages come and go. There are two backends: ``vmm_host.py`` (memfd and mmap) and ``vmm_cuda.py`` (the CUDA driver).
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NewType, Protocol
 
+import numpy as np
+
 from prism_sgl.errors import VmmError
 from prism_sgl.units import GRANULE_BYTES
 
-__all__ = ["GRANULE_BYTES", "DeviceFullError", "PageId", "Vmm", "merge_runs", "num_pages_in"]
+__all__ = ["GRANULE_BYTES", "DeviceFullError", "PageId", "Vmm", "address_of", "merge_runs", "num_pages_in"]
 
 PageId = NewType("PageId", int)
 
@@ -70,8 +72,41 @@ class Vmm(Protocol):
             VmmError: a call failed. Runs are done in order; ``is_mapped`` and ``held_bytes`` say how far it came.
         """
 
+    def prepare_source(self, source: memoryview) -> None:
+        """Make copies from these host bytes as fast as the device allows. Slow itself: never on the way of a wake.
+
+        Raises:
+            VmmError: the system refuses. Copies from ``source`` still work.
+        """
+
     def copy_in(self, offset: int, source: memoryview) -> None:
-        """Copy host bytes to ``base + offset``, onto mapped pages; done when it returns."""
+        """Begin to copy host bytes to ``base + offset``, onto mapped pages; ``settle`` waits for the end.
+
+        Copies end in the order in which they began; until ``settle``, they must begin in ascending order too.
+
+        Raises:
+            VmmError: a call failed. A part of the bytes may have come.
+        """
+
+    def copy_out(self, offset: int, target: memoryview) -> None:
+        """Copy from mapped pages to host bytes, after every copy in; done when it returns. Raises like ``settle``."""
+
+    def settle(self) -> None:
+        """Wait until every copy in is done.
+
+        Raises:
+            VmmError: one failed.
+        """
+
+    def is_settled(self) -> bool:
+        """No copy in is under way. Never waits. Raises like ``settle``."""
+
+    def hold_back(self, stream: int, end: int) -> None:
+        """Later work on this stream of the device waits until bytes ``[0, end)`` are there; the caller does not.
+
+        Raises:
+            VmmError: the driver failed; nothing is held back.
+        """
 
     def close(self) -> None:
         """Give everything back, the address range too."""
@@ -96,6 +131,11 @@ def merge_runs(runs: Iterable[range]) -> list[range]:
         else:
             merged.append(run)
     return merged
+
+
+def address_of(view: memoryview) -> int:
+    """Where its bytes lie. They must be contiguous; read-only ones have an address too."""
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 def num_pages_in(runs: Iterable[range]) -> int:

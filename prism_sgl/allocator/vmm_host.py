@@ -102,16 +102,25 @@ class HostArena:
                 raise VmmError(f"{self.name}: cannot unmap {run}: {error}") from error
             self._mark(run, _UNMAPPED)
 
+    def prepare_source(self, source: memoryview) -> None:
+        pass  # the processor copies from any memory
+
     def copy_in(self, offset: int, source: memoryview) -> None:
-        if not source.nbytes:
-            return
-        last = offset + source.nbytes - 1
-        if offset < 0 or last >= self.size_bytes:
-            raise ValueError(f"{source.nbytes} bytes at {offset} do not fit into {self.size_bytes}")
-        pages = range(offset // self.page_bytes, last // self.page_bytes + 1)
-        self._checked([pages], mapped=True)
-        target = (ctypes.c_char * source.nbytes).from_address(self.base + offset)
-        memoryview(target).cast("B")[:] = source.cast("B")
+        if source.nbytes:
+            self._span(offset, source.nbytes)[:] = source.cast("B")
+
+    def copy_out(self, offset: int, target: memoryview) -> None:
+        if target.nbytes:
+            target.cast("B")[:] = self._span(offset, target.nbytes)
+
+    def settle(self) -> None:
+        pass  # copies are done when they return
+
+    def is_settled(self) -> bool:
+        return True
+
+    def hold_back(self, stream: int, end: int) -> None:
+        pass
 
     def close(self) -> None:
         if self._fd < 0:
@@ -146,6 +155,14 @@ class HostArena:
                 except OSError:
                     continue  # still stuck, and counted as held
                 self._states[page] = _UNMAPPED
+
+    def _span(self, offset: int, size_bytes: int) -> memoryview:
+        """These bytes, which must be mapped."""
+        last = offset + size_bytes - 1
+        if offset < 0 or last >= self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes at {offset} do not fit into {self.size_bytes}")
+        self._checked([range(offset // self.page_bytes, last // self.page_bytes + 1)], mapped=True)
+        return memoryview((ctypes.c_char * size_bytes).from_address(self.base + offset)).cast("B")
 
     def _checked(self, runs: Sequence[range], *, mapped: bool) -> list[range]:
         if self._fd < 0:

@@ -1,8 +1,9 @@
-"""A model's weights on the device: all storages in one arena, which sleeps and wakes as a whole.
+"""A model's weights on the device: all storages in one arena, which sleeps and wakes page by page.
 
-Sleep unmaps and copies nothing, because the image holds the same bytes already; wake maps at the same addresses
-and copies the image in, so that parameters and captured graphs stay valid. Buffers that change at run time do
-not belong here: they would come back as they were loaded.
+Giving pages back copies nothing, because the image holds the same bytes already; wake maps at the same addresses
+what is missing and copies it in from the image, so that parameters and captured graphs stay valid. The last pages go
+first: they are needed last, so a forward pass can begin while they still arrive. Buffers that change at run time
+do not belong here: they would come back as they were loaded.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from dataclasses import dataclass
 from prism_sgl.allocator.image import Image
 from prism_sgl.allocator.lease import Lease
 from prism_sgl.allocator.ledger import Kind, Owner
-from prism_sgl.allocator.vmm import Vmm
+from prism_sgl.allocator.vmm import Vmm, num_pages_in
 from prism_sgl.errors import VmmError
 
 __all__ = ["Image", "Layout", "WeightsArena"]
-
-# Large enough that calls cost nothing, small enough that other threads get their turn in between.
-_COPY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +42,29 @@ class Layout:
 
 
 class WeightsArena:
-    """Invariant: all pages are mapped or none is, and the lease covers what the arena holds."""
+    """Invariant: the lease covers what the arena holds; pages that are mapped hold the model's bytes, or will once
+    ``vmm`` has settled (while loading, the caller fills them), except those that ``_hollow`` names.
+    """
 
     def __init__(self, vmm: Vmm, owner: Owner, image: Image | None = None) -> None:
         self.vmm = vmm
         self._lease = Lease(vmm, owner, Kind.WEIGHTS)
         self._image: Image | None = None
+        # Mapped without the model's bytes: a wake could neither copy to them nor unmap them.
+        self._hollow: set[int] = set()
         if image is not None:
             self.adopt(image)
 
     @property
     def mapped(self) -> bool:
-        return self.vmm.mapped_bytes == self.vmm.size_bytes
+        """All of it is there, or on its way."""
+        return self.missing_bytes == 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What a wake has to copy."""
+        there = self.vmm.mapped_bytes - len(self._hollow) * self.vmm.page_bytes
+        return self.vmm.size_bytes - there
 
     @property
     def image(self) -> Image | None:
@@ -65,11 +74,13 @@ class WeightsArena:
     def leased_granules(self) -> int:
         return self._lease.granules
 
-    def materialise(self) -> bool:
-        """Map everything, to be filled by the caller. False on shortage, with nothing changed."""
-        if self.vmm.mapped_bytes:
-            raise ValueError("the weights are mapped already")
-        return self._lease.reserve(self.vmm.num_pages) and self._lease.map(self._all_pages())
+    def materialise(self, end_bytes: int | None = None) -> bool:
+        """Map the pages of bytes ``[0, end_bytes)`` (None: all), to be filled by the caller.
+
+        False on shortage, with nothing changed.
+        """
+        end = self.vmm.num_pages if end_bytes is None else -(-end_bytes // self.vmm.page_bytes)
+        return self._map(self._missing(end))
 
     def adopt(self, image: Image) -> None:
         """From now on these are the bytes that a wake brings back.
@@ -81,10 +92,11 @@ class WeightsArena:
             raise VmmError(f"the image has {image.size_bytes} bytes, the arena {self.vmm.size_bytes}")
         if not image.is_sealed:
             raise VmmError("the image is not sealed")
+        self.vmm.prepare_source(image.readonly_view())
         self._image = image
 
-    def sleep(self) -> None:
-        """Unmap everything, then return it. Nothing may be using the weights.
+    def give_back(self, num_pages: int) -> int:
+        """Unmap up to so many pages, the last ones first; returns how many. Nothing may be using the weights.
 
         Raises:
             ValueError: there is no image to wake from. Nothing has changed.
@@ -92,37 +104,67 @@ class WeightsArena:
         """
         if self._image is None:
             raise ValueError("without an image the weights would be lost")
-        self._lease.unmap(self._mapped_runs())
+        mapped = [page for page in range(self.vmm.num_pages) if self.vmm.is_mapped(page)]
+        given = mapped[max(0, len(mapped) - num_pages) :]
+        self._unmap(_runs(given))
+        return len(given)
+
+    def sleep(self) -> None:
+        """Give everything back; raises like ``give_back``."""
+        self.give_back(self.vmm.num_pages)
 
     def wake(self) -> bool:
-        """Reserve, map, copy from the image. False on shortage, with nothing changed.
+        """Reserve and map what is missing, and begin to copy it in; ``vmm.settle`` waits until it is there.
+
+        False on shortage, with nothing changed.
 
         Raises:
-            VmmError: the driver failed. Everything has been given back.
+            VmmError: the driver failed. What this call had mapped has been given back.
         """
         image = self._image
         if image is None:
             raise ValueError("there is no image to wake from")
-        if not self.materialise():
+        missing = self._missing(self.vmm.num_pages)
+        if not self._map(missing):
             return False
+        self._hollow.update(page for run in missing for page in run)
         try:
             view = image.readonly_view()
-            for start in range(0, image.size_bytes, _COPY_BYTES):
-                self.vmm.copy_in(start, view[start : start + _COPY_BYTES])
+            for run in _runs(sorted(self._hollow)):
+                start, end = run.start * self.vmm.page_bytes, run.stop * self.vmm.page_bytes
+                self.vmm.copy_in(start, view[start:end])
         except BaseException:
-            self._lease.unmap(self._mapped_runs())
+            self._unmap(missing)
             raise
+        self._hollow.clear()
         return True
 
     def check(self) -> None:
         self.vmm.check()
         self._lease.check()
-        assert self.vmm.mapped_bytes in (0, self.vmm.size_bytes)
+        assert all(self.vmm.is_mapped(page) for page in self._hollow)
         if self._image is not None:
             self._image.check()
 
-    def _all_pages(self) -> list[range]:
-        return [range(self.vmm.num_pages)]
+    def _missing(self, end: int) -> list[range]:
+        return _runs([page for page in range(end) if not self.vmm.is_mapped(page)])
 
-    def _mapped_runs(self) -> list[range]:
-        return [range(p, p + 1) for p in range(self.vmm.num_pages) if self.vmm.is_mapped(p)]
+    def _unmap(self, runs: Sequence[range]) -> None:
+        try:
+            self._lease.unmap(runs)
+        finally:
+            self._hollow = {page for page in self._hollow if self.vmm.is_mapped(page)}
+
+    def _map(self, runs: Sequence[range]) -> bool:
+        return not runs or (self._lease.reserve(num_pages_in(runs)) and self._lease.map(runs))
+
+
+def _runs(pages: Sequence[int]) -> list[range]:
+    """Ascending pages as runs of neighbours."""
+    runs: list[range] = []
+    for page in pages:
+        if runs and runs[-1].stop == page:
+            runs[-1] = range(runs[-1].start, page + 1)
+        else:
+            runs.append(range(page, page + 1))
+    return runs

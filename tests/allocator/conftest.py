@@ -10,6 +10,7 @@ import pytest
 from prism_sgl.allocator.ledger import Ledger, Owner
 from prism_sgl.messages import RuntimeState
 from prism_sgl.units import GRANULE_BYTES
+from tests.allocator.backends import BACKENDS, Backend
 
 BUDGET = 100
 
@@ -19,6 +20,11 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger.create(str(tmp_path / "host0.ledger"), BUDGET * GRANULE_BYTES, "host0") as ledger:
         yield ledger
         ledger.check()
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]()
 
 
 @pytest.fixture

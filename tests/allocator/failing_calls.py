@@ -20,6 +20,10 @@ class FailingCalls(HostCalls):
         self.errno = errno.ENOMEM
         self.made: list[str] = []
 
+    def repair(self) -> None:
+        self.fail_after = None
+        self.broken.clear()
+
     def _call(self, name: str) -> None:
         self.made.append(name)
         fails = name in self.broken

@@ -3,11 +3,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prism_sgl.allocator import doorbell
-from prism_sgl.allocator.ledger import Kind, Ledger, OwnerView, Target
+from prism_sgl.allocator.ledger import Kind, Ledger, Owner, OwnerView, Target
 from prism_sgl.allocator.reclaim import choose_victims
 from prism_sgl.messages import RuntimeState
 from tests.allocator.conftest import join
@@ -19,6 +20,7 @@ def owner(
     slot: int,
     *,
     kv: int,
+    weights: int = 0,
     floor: int = 0,
     busy: bool = True,
     priority: int = 0,
@@ -36,7 +38,7 @@ def owner(
         alive=alive,
         state=state,
         priority=priority,
-        weights=0,
+        weights=weights,
         kv=kv,
         overhead=0,
         floor=floor,
@@ -45,6 +47,7 @@ def owner(
         wanted=0,
         idle_since_ns=idle_since_ns,
         target=target,
+        answered_seq=0,
     )
 
 
@@ -85,11 +88,40 @@ def test_who_cannot_answer_is_not_asked() -> None:
     others = [
         owner(1, kv=5, alive=False),
         owner(2, kv=5, state=RuntimeState.STARTING),
-        owner(3, kv=5, state=RuntimeState.ASLEEP),
+        owner(3, kv=0, weights=5, state=RuntimeState.WAKING),
         owner(4, kv=5, target=Target(granules=4, seq=1, deadline_ns=NOW_NS)),  # overdue: slow already
         owner(5, kv=5, state=RuntimeState.DRAINING),
     ]
     assert chosen(HUNGRY, others, 100) == [(5, 5)]
+
+
+def sleeper(slot: int, *, weights: int, floor: int = 0, **more: Any) -> OwnerView:
+    return owner(slot, kv=0, weights=weights, floor=floor, state=RuntimeState.ASLEEP, **more)
+
+
+def test_sleepers_are_asked_first_and_for_their_weights() -> None:
+    idle = owner(1, kv=5, weights=50, busy=False, idle_since_ns=0, priority=-9)
+    others = [
+        idle,
+        sleeper(2, weights=6, busy=False, idle_since_ns=20, priority=5, floor=3),
+        sleeper(3, weights=4, busy=False, idle_since_ns=10),
+        sleeper(4, weights=2, busy=True),  # has not said yet that it is idle
+    ]
+    assert chosen(HUNGRY, others, 100) == [(3, 4), (2, 6), (4, 2), (1, 5)]
+    assert chosen(HUNGRY, others, 5) == [(3, 4), (2, 1)]
+    # One above its floor may take them too, whatever their priority.
+    assert chosen(SATED, others, 12) == [(3, 4), (2, 6), (4, 2)]
+
+
+def test_a_sleeper_is_asked_for_all_it_holds_but_once() -> None:
+    view = sleeper(1, weights=6, floor=4)
+    assert (view.elastic, view.kept, view.surplus, view.reclaimable) == (6, 0, 6, 6)
+    asked = sleeper(1, weights=6, target=Target(granules=2, seq=1, deadline_ns=NOW_NS + 1))
+    assert asked.reclaimable == 2
+    assert chosen(HUNGRY, [asked], 100) == [(1, 2)]
+    assert chosen(HUNGRY, [sleeper(1, weights=0)], 100) == []
+    awake = owner(1, kv=6, weights=50, floor=4)
+    assert (awake.elastic, awake.kept, awake.surplus, awake.reclaimable) == (6, 4, 2, 2)
 
 
 def test_one_above_its_floor_takes_from_the_idle_and_from_lower_priorities() -> None:
@@ -239,3 +271,97 @@ def test_a_lowered_ceiling_is_a_target_without_a_deadline(ledger: Ledger) -> Non
     ledger.check()
     owner.release(Kind.KV, 20)
     assert owner.target() is None
+
+
+# ---------------------------------------------------------------- sleepers in the ledger
+
+
+def fall_asleep(owner: Owner) -> None:
+    owner.release(Kind.KV, owner.held(Kind.KV))
+    owner.set_state(RuntimeState.ASLEEP)
+
+
+def test_a_sleeper_settles_its_target_by_giving_weights_back(ledger: Ledger) -> None:
+    sleeper, asker = join(ledger, "sleeper", floor=20), join(ledger, "asker", floor=50)
+    assert sleeper.try_reserve(Kind.WEIGHTS, 60)
+    assert sleeper.try_reserve(Kind.OVERHEAD, 5)
+    fall_asleep(sleeper)
+    (posted,) = asker.post_targets(25, 60.0)
+    assert (posted.name, posted.granules, posted.target.granules) == ("sleeper", 25, 35)
+    assert sleeper.target() == posted.target
+    assert asker.post_targets(25, 60.0) == []  # it is on its way
+    sleeper.release(Kind.WEIGHTS, 24)
+    assert sleeper.target() == posted.target
+    assert asker.post_targets(1, 60.0) == []
+    sleeper.release(Kind.WEIGHTS, 1)
+    assert sleeper.target() is None
+    ledger.check()
+
+
+def test_a_sleeper_may_lose_all_its_weights_but_no_more(ledger: Ledger) -> None:
+    """Not its overhead, and its floor is of KV, which it has none of."""
+    sleeper, asker = join(ledger, "sleeper", floor=20), join(ledger, "asker", floor=100)
+    assert sleeper.try_reserve(Kind.WEIGHTS, 10)
+    assert sleeper.try_reserve(Kind.OVERHEAD, 5)
+    fall_asleep(sleeper)
+    (posted,) = asker.post_targets(100, 60.0)
+    assert (posted.granules, posted.target.granules) == (10, 0)
+    assert asker.post_targets(100, 60.0) == []
+    ledger.check()
+    sleeper.release(Kind.WEIGHTS, 10)
+    assert sleeper.target() is None
+    assert asker.post_targets(100, 60.0) == []
+
+
+def test_awake_weights_are_not_asked_for(ledger: Ledger) -> None:
+    awake, asker = join(ledger, "awake"), join(ledger, "asker", floor=100)
+    assert awake.try_reserve(Kind.WEIGHTS, 60)
+    assert awake.try_reserve(Kind.KV, 10)
+    (posted,) = asker.post_targets(100, 60.0)
+    assert (posted.granules, posted.target.granules) == (10, 0)
+    awake.release(Kind.WEIGHTS, 1)  # answers nothing
+    assert awake.target() == posted.target
+
+
+def test_a_change_of_state_settles_targets_and_who_lacks_memory_asks_again(ledger: Ledger) -> None:
+    victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=90)
+    assert victim.try_reserve(Kind.KV, 40)
+    assert victim.try_reserve(Kind.WEIGHTS, 50)
+    assert [p.target.granules for p in asker.post_targets(30, 60.0)] == [10]
+    victim.set_state(RuntimeState.AWAKE)  # no change
+    assert victim.target() is not None
+    fall_asleep(victim)
+    assert victim.target() is None
+    assert [(p.granules, p.target.granules) for p in asker.post_targets(30, 60.0)] == [(30, 20)]
+    victim.set_state(RuntimeState.WAKING)
+    assert victim.target() is None
+    assert asker.post_targets(30, 60.0) == []  # one that wakes is not asked
+    victim.set_state(RuntimeState.AWAKE)
+    assert victim.try_reserve(Kind.KV, 5)
+    assert [(p.granules, p.target.granules) for p in asker.post_targets(30, 60.0)] == [(5, 0)]
+    ledger.check()
+
+
+def test_what_was_asked_before_a_change_of_state_is_owed_no_more(ledger: Ledger) -> None:
+    """The first asker's target was of KV; it must not take the second's, of weights, for its own."""
+    victim = join(ledger, "victim")
+    first, second = join(ledger, "first", floor=90), join(ledger, "second", floor=90)
+    assert victim.try_reserve(Kind.KV, 40)
+    assert victim.try_reserve(Kind.WEIGHTS, 60)
+    assert [p.target.granules for p in first.post_targets(10, 60.0)] == [30]
+    fall_asleep(victim)
+    assert [p.target.granules for p in second.post_targets(20, 60.0)] == [40]
+    assert [(p.granules, p.target.granules) for p in first.post_targets(10, 60.0)] == [(10, 30)]
+    assert first.post_targets(10, 60.0) == []
+
+
+def test_a_quota_does_not_ask_a_sleeper_for_anything(ledger: Ledger) -> None:
+    sleeper, asker = join(ledger, "sleeper", floor=10), join(ledger, "asker", floor=50)
+    assert sleeper.try_reserve(Kind.WEIGHTS, 60)
+    fall_asleep(sleeper)
+    sleeper.set_quota(5, 20)  # of KV: 60 granules of weights are not above the ceiling
+    assert sleeper.target() is None
+    (posted,) = asker.post_targets(50, 60.0)
+    sleeper.set_quota(40, 40)
+    assert sleeper.target() == posted.target  # nor does a floor of KV keep weights
+    ledger.check()

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,38 +9,68 @@ from collections.abc import Iterator
 import pytest
 
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner
-from prism_sgl.allocator.vmm_host import HostArena
+from prism_sgl.allocator.vmm_cuda import CudaArena
 from prism_sgl.allocator.weights import Image, Layout, WeightsArena
 from prism_sgl.errors import VmmError
+from prism_sgl.units import GRANULE_BYTES
+from tests.allocator.backends import Backend, each_failure, read_bytes, write
 from tests.allocator.conftest import BUDGET, join
-from tests.allocator.failing_calls import FailingCalls
+from tests.allocator.fake_driver import FakeDriver
 
 PAGE_BYTES = 4 << 20
-NUM_PAGES = 3
-
-
-@pytest.fixture
-def calls() -> FailingCalls:
-    return FailingCalls()
+PAGE_GRANULES = PAGE_BYTES // GRANULE_BYTES
+NUM_PAGES = 4
+GRANULES = NUM_PAGES * PAGE_GRANULES
 
 
 @pytest.fixture
 def image() -> Iterator[Image]:
     image = Image.create("test", NUM_PAGES * PAGE_BYTES)
     with image.writable_view() as view:
-        view[:] = os.urandom(4096) * (len(view) // 4096)
+        for start in range(0, len(view), 1 << 20):
+            view[start : start + (1 << 20)] = os.urandom(4096) * 256
     image.seal()
     yield image
     image.close()
 
 
 @pytest.fixture
-def arena(owner: Owner, calls: FailingCalls) -> Iterator[WeightsArena]:
-    vmm = HostArena("weights", NUM_PAGES, PAGE_BYTES, calls)
+def arena(owner: Owner, backend: Backend, image: Image) -> Iterator[WeightsArena]:
+    vmm = backend.arena("weights", NUM_PAGES, PAGE_BYTES)
     arena = WeightsArena(vmm, owner)
     yield arena
+    backend.calls.repair()
     arena.check()
-    vmm.close()
+    vmm.close()  # before the image, which it may have page-locked
+
+
+@pytest.fixture
+def copies(arena: WeightsArena, monkeypatch: pytest.MonkeyPatch) -> list[range]:
+    """The pages that are copied in, a run each."""
+    begun: list[range] = []
+    copy_in = arena.vmm.copy_in
+
+    def note(offset: int, source: memoryview) -> None:
+        begun.append(range(offset // PAGE_BYTES, -(-(offset + source.nbytes) // PAGE_BYTES)))
+        copy_in(offset, source)
+
+    monkeypatch.setattr(arena.vmm, "copy_in", note)
+    return begun
+
+
+def mapped_pages(arena: WeightsArena) -> list[int]:
+    return [page for page in range(NUM_PAGES) if arena.vmm.is_mapped(page)]
+
+
+def holds(arena: WeightsArena, image: Image) -> bool:
+    """Every byte is the image's."""
+    return read_bytes(arena.vmm, 0, image.size_bytes) == image.readonly_view()
+
+
+def scribble(arena: WeightsArena, pages: range) -> None:
+    """Bytes by which to see that a page was not copied again."""
+    for page in pages:
+        write(arena.vmm, page, 0xEE)
 
 
 def test_a_layout_aligns_every_storage() -> None:
@@ -58,60 +86,178 @@ def test_wakes_with_the_same_bytes_at_the_same_address(
     arena: WeightsArena, image: Image, owner: Owner
 ) -> None:
     assert arena.materialise()
-    assert owner.held(Kind.WEIGHTS) == 6
+    assert owner.held(Kind.WEIGHTS) == GRANULES
     arena.adopt(image)
     base = arena.vmm.base
     for _ in range(2):
         arena.sleep()
         assert (owner.held(Kind.WEIGHTS), arena.vmm.physical_bytes(), arena.mapped) == (0, 0, False)
+        assert arena.missing_bytes == image.size_bytes
         assert arena.wake()
-        assert (arena.vmm.base, arena.mapped) == (base, True)
-        assert ctypes.string_at(base, image.size_bytes) == bytes(image.readonly_view())
-        ctypes.memset(base, 0, image.size_bytes)  # a wake brings back the image, not what was here
+        arena.vmm.settle()
+        assert (arena.vmm.base, arena.mapped, arena.missing_bytes) == (base, True, 0)
+        assert holds(arena, image)
+        scribble(arena, range(NUM_PAGES))  # a wake brings back the image, not what was here
+
+
+def test_weights_may_be_made_a_part_at_a_time(arena: WeightsArena, owner: Owner) -> None:
+    assert arena.materialise(PAGE_BYTES + 1)
+    assert mapped_pages(arena) == [0, 1]
+    assert arena.materialise(PAGE_BYTES)
+    assert owner.held(Kind.WEIGHTS) == 2 * PAGE_GRANULES
+    assert not arena.mapped
+    assert arena.materialise()
+    assert arena.materialise()
+    assert (arena.mapped, owner.held(Kind.WEIGHTS)) == (True, GRANULES)
+
+
+def test_the_last_pages_are_given_back_first(arena: WeightsArena, image: Image, owner: Owner) -> None:
+    assert arena.materialise()
+    arena.adopt(image)
+    assert [arena.give_back(-1), arena.give_back(0)] == [0, 0]
+    assert arena.give_back(1) == 1
+    assert mapped_pages(arena) == [0, 1, 2]
+    assert arena.give_back(2) == 2
+    assert mapped_pages(arena) == [0]
+    assert owner.held(Kind.WEIGHTS) == PAGE_GRANULES
+    assert arena.missing_bytes == 3 * PAGE_BYTES
+    assert arena.give_back(2) == 1
+    assert arena.give_back(2) == 0
+    assert owner.held(Kind.WEIGHTS) == arena.vmm.physical_bytes() == 0
+
+
+def test_a_wake_copies_what_is_missing_and_no_more(
+    arena: WeightsArena, image: Image, copies: list[range]
+) -> None:
+    arena.adopt(image)
+    assert arena.wake()
+    assert copies == [range(NUM_PAGES)]
+    scribble(arena, range(NUM_PAGES))
+    copies.clear()
+    assert arena.wake()
+    assert copies == []
+    arena.give_back(2)
+    assert arena.wake()
+    arena.vmm.settle()
+    assert copies == [range(2, NUM_PAGES)]
+    half = 2 * PAGE_BYTES
+    assert read_bytes(arena.vmm, 0, half) == b"\xee" * half
+    assert read_bytes(arena.vmm, half, half) == image.readonly_view()[half:]
 
 
 def test_a_shortage_changes_nothing(
-    arena: WeightsArena, image: Image, ledger: Ledger, calls: FailingCalls
+    arena: WeightsArena, image: Image, ledger: Ledger, backend: Backend
 ) -> None:
     arena.adopt(image)
     other = join(ledger, "code")
-    assert other.try_reserve(Kind.KV, BUDGET - 5)
+    assert other.try_reserve(Kind.KV, BUDGET - GRANULES + 1)
     assert not arena.wake()
+    assert (arena.leased_granules, arena.mapped) == (0, False)
     arena.check()
     other.release(Kind.KV, 1)
-    calls.fail_after = 1
+    backend.fail_after(1, shortage=True)
     assert not arena.wake()
+    assert (arena.leased_granules, arena.mapped) == (0, False)
     arena.check()
-    assert arena.leased_granules == 0
     assert arena.wake()
+    arena.give_back(1)
+    assert other.try_reserve(Kind.KV, 1)
+    assert not arena.wake()
+    assert mapped_pages(arena) == [0, 1, 2]
 
 
-def test_a_failing_copy_gives_everything_back(
+def test_a_wake_that_fails_half_way_gives_back_what_it_took(
+    arena: WeightsArena, image: Image, backend: Backend
+) -> None:
+    arena.adopt(image)
+    assert arena.wake()
+    arena.give_back(2)
+    for error in each_failure(backend, arena.wake):
+        kept = GRANULES if error is None else 2 * PAGE_GRANULES
+        assert arena.leased_granules == kept
+        arena.check()
+        arena.vmm.settle()
+        if error is None:
+            assert holds(arena, image)
+            arena.give_back(2)
+        assert mapped_pages(arena) == [0, 1]
+
+
+def test_pages_without_bytes_that_could_not_be_given_back_are_still_missing(
     arena: WeightsArena, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(offset: int, source: memoryview) -> None:
-        raise VmmError("copy")
+    """The copy fails, and so does the unmapping: they are mapped, and must not pass for the model's."""
 
-    arena.adopt(image)
-    monkeypatch.setattr(arena.vmm, "copy_in", fail)
-    with pytest.raises(VmmError):
-        arena.wake()
-    assert arena.leased_granules == 0
-    arena.check()
+    def fail(*args: object) -> None:
+        raise VmmError("broken")
 
-
-def test_a_sleep_that_failed_can_be_repeated(arena: WeightsArena, image: Image, calls: FailingCalls) -> None:
     arena.adopt(image)
     assert arena.wake()
-    calls.broken = {"punch"}
+    arena.give_back(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(arena.vmm, "copy_in", fail)
+        patch.setattr(arena.vmm, "unmap", fail)
+        with pytest.raises(VmmError):
+            arena.wake()
+    arena.check()
+    assert mapped_pages(arena) == [0, 1, 2, 3]
+    assert (arena.leased_granules, arena.mapped, arena.missing_bytes) == (GRANULES, False, 2 * PAGE_BYTES)
+    assert arena.wake()
+    assert (arena.mapped, arena.missing_bytes) == (True, 0)
+    assert holds(arena, image)
+
+
+def test_a_sleep_that_failed_can_be_repeated(
+    arena: WeightsArena, image: Image, backend: Backend, owner: Owner
+) -> None:
+    arena.adopt(image)
+    assert arena.wake()
+    backend.calls.broken = {"punch", "unmap"}
     with pytest.raises(VmmError):
         arena.sleep()
-    assert arena.leased_granules == 6  # stuck: unmapped, but not given back
-    calls.broken = set()
-    arena.sleep()
-    assert arena.leased_granules == 0
-    assert arena.wake()
+    # Stuck or still mapped, but not given back.
+    assert arena.leased_granules == owner.held(Kind.WEIGHTS) == GRANULES
     arena.check()
+    backend.calls.repair()
+    arena.sleep()
+    assert arena.leased_granules == owner.held(Kind.WEIGHTS) == 0
+    assert arena.wake()
+    assert holds(arena, image)
+
+
+def test_the_image_is_page_locked_once_and_not_on_the_way_of_a_wake(owner: Owner, image: Image) -> None:
+    card = FakeDriver()
+    vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, calls=card)
+    arena = WeightsArena(vmm, owner, image)
+    for _ in range(3):
+        assert arena.wake()
+        arena.sleep()
+    assert card.made.count("page_lock") == 1
+    assert list(card.page_locked.values()) == [(image.size_bytes, True)]
+    vmm.close()
+    card.insist_empty()
+
+
+def test_a_wake_does_not_wait_for_its_copies(owner: Owner, image: Image) -> None:
+    card = FakeDriver()
+    vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, zeroed=False, calls=card)
+    arena = WeightsArena(vmm, owner, image)
+    assert arena.wake()
+    assert (arena.mapped, vmm.is_settled()) == (True, False)
+    arena.give_back(1)  # waits for what is on its way there
+    assert vmm.is_settled()
+    vmm.close()
+    card.insist_empty()
+
+
+def test_an_image_that_cannot_be_page_locked_is_not_adopted(owner: Owner, image: Image) -> None:
+    card = FakeDriver(broken={"page_lock"})
+    vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, calls=card)
+    arena = WeightsArena(vmm, owner)
+    with pytest.raises(VmmError, match="page-lock"):
+        arena.adopt(image)
+    assert arena.image is None
+    vmm.close()
 
 
 def test_only_a_sealed_image_of_the_right_size_is_adopted(arena: WeightsArena, image: Image) -> None:
@@ -145,10 +291,28 @@ def test_an_image_is_not_sealed_while_somebody_may_write_it() -> None:
     with image.writable_view(), pytest.raises(VmmError, match="mapped for writing"):
         image.seal()
     assert not image.is_sealed
-    view = image.readonly_view()  # reading does not stand in the way
+    with pytest.raises(ValueError, match="not sealed"):
+        image.readonly_view()  # a shared map stands in the way too
     image.seal()
-    assert view[0] == 0
+    view = image.readonly_view()
+    assert image.readonly_view() is view
+    assert view.readonly and view[0] == 0
     image.close()
+
+
+def test_a_kernel_that_maps_no_sealed_file_shared_gets_a_private_map(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mmap.mmap
+
+    def before_6_7(fd: int, size_bytes: int, *, flags: int, prot: int) -> mmap.mmap:
+        if flags == mmap.MAP_SHARED:
+            raise PermissionError
+        return real(fd, size_bytes, flags=flags, prot=prot)
+
+    expected = os.pread(image.fileno(), 4096, 0)
+    monkeypatch.setattr(mmap, "mmap", before_6_7)
+    assert image.readonly_view()[:4096] == expected
 
 
 def test_all_memory_of_an_image_is_there_at_once_and_shared() -> None:
@@ -157,6 +321,7 @@ def test_all_memory_of_an_image_is_there_at_once_and_shared() -> None:
     other = Image.from_fd(os.dup(image.fileno()), 1 << 20)
     with image.writable_view() as view:
         view[:3] = b"abc"
+    image.seal()
     assert bytes(other.readonly_view()[:3]) == b"abc"
     with pytest.raises(VmmError, match="bytes"):
         Image.from_fd(os.dup(image.fileno()), 1 << 10)
@@ -169,7 +334,7 @@ def test_no_memory_for_an_image_is_an_error_not_a_signal() -> None:
 import resource
 from prism_sgl.allocator.weights import Image
 from prism_sgl.errors import VmmError
-resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 20}, {resource.RLIM_INFINITY}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 20}, resource.RLIM_INFINITY))
 try:
     Image.create("large", 2 << 20)
 except VmmError as error:
