@@ -52,6 +52,7 @@ class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
     ceiling_bytes: int
     max_running_requests: int
     block_tokens: int
+    awake_overhead_bytes: int = 0  # the part of ``overhead_bytes`` that sleep gives back
 
 
 class RuntimeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +76,7 @@ class RuntimeSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str]
     log_path: str
     log_level: str = "info"
+    weights_bytes: int = 0  # of its files: what the engine will take while it loads
 
 
 # ---------------------------------------------------------------- api_server -> router
@@ -219,9 +221,13 @@ RouterToApi = Introduce | Grant | Refuse | Lost | AdminReply | Status
 
 
 class Sleep(Message, frozen=True):
-    """Drop KV, unmap weights. Only sent when nothing is in flight; answered by Slept or SleepRefused."""
+    """Drop KV, give weights back. Only sent when nothing is in flight; answered by Slept or SleepRefused.
+
+    ``keep_weights``: only as many of their pages as neighbours ask for, so that waking costs no more than that.
+    """
 
     runtime: RuntimeId
+    keep_weights: bool = False
 
 
 class Wake(Message, frozen=True):
@@ -468,6 +474,8 @@ class StandbyReady(Message, frozen=True):
 
 
 class Spawned(Message, frozen=True):
+    """standby -> supervisor: this process has the spec. Late, when the spec had to wait for a process."""
+
     runtime: RuntimeId
     pid: int
 
@@ -476,11 +484,36 @@ class WorkerExited(Message, frozen=True):
     """standby -> supervisor: the worker and every process of its session are gone."""
 
     runtime: RuntimeId
-    pid: int
+    pid: int  # 0: no process ever had the spec
     exit_code: int  # negative: killed by that signal
 
 
 StandbyToSupervisor = StandbyReady | Spawned | WorkerExited
+
+
+# ---------------- standby <-> waiting worker (JSON, SOCK_SEQPACKET pair)
+
+
+class Imported(Message, frozen=True):
+    """waiting worker -> standby: it and its children have all imports behind them."""
+
+    seconds: float
+
+
+class ImportsFailed(Message, frozen=True):
+    """waiting worker -> standby: the last thing it says; a traceback is in the standby's log."""
+
+    reason: str
+
+
+class TakeSpec(Message, frozen=True):
+    """standby -> waiting worker: become the worker of this runtime."""
+
+    spec: RuntimeSpec
+    wanted_at_s: float  # CLOCK_MONOTONIC, one for the host: the start is counted from here
+
+
+WaitingToStandby = Imported | ImportsFailed
 
 
 # ---------------- runtime <-> image store (JSON, AF_UNIX SOCK_SEQPACKET)
@@ -495,14 +528,14 @@ class OpenImage(Message, frozen=True):
 
 
 class SealImage(Message, frozen=True):
-    """The image is written, and no writable mapping is left: seal it and keep it."""
+    """The image is written, and no writable mapping is left: seal it and keep it. Carries the memfd as SCM_RIGHTS."""
 
     key: str
 
 
 class ImageReply(Message, frozen=True):
-    """``new``: write it, then SealImage (closing the connection drops it). ``ready``: sealed, read only.
-    Both carry the memfd as SCM_RIGHTS. ``sealed`` answers SealImage. ``refused``: see ``reason``."""
+    """``new``: write it, then SealImage (closing the connection drops it). ``ready``: sealed, with the memfd.
+    ``sealed`` answers SealImage. ``refused``: see ``reason``."""
 
     status: str  # "new" | "ready" | "sealed" | "refused"
     reason: str = ""
@@ -528,5 +561,7 @@ encode_json = msgspec.json.encode
 decode_runtime_spec = msgspec.json.Decoder(RuntimeSpec).decode
 decode_supervisor_to_standby = msgspec.json.Decoder(SupervisorToStandby).decode
 decode_standby_to_supervisor = msgspec.json.Decoder(StandbyToSupervisor).decode
+decode_waiting_to_standby = msgspec.json.Decoder(WaitingToStandby).decode
+decode_standby_to_waiting = msgspec.json.Decoder(TakeSpec).decode
 decode_image_request = msgspec.json.Decoder(ImageRequest).decode
 decode_image_reply = msgspec.json.Decoder(ImageReply).decode

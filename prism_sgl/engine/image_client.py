@@ -1,4 +1,4 @@
-"""A runtime's side of the image store: get the memfd of its weights, fill it if nobody has, have it sealed.
+"""A runtime's side of the image store: get the memfd of its weights, or bring one that is filled, to be sealed.
 
 The store lives in the supervisor (launch/image_store.py), so that an image outlives runtimes and is held once
 for all runtimes of the same weights.
@@ -6,14 +6,16 @@ for all runtimes of the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prism_sgl import addresses, messages
 from prism_sgl.allocator.weights import Image
-from prism_sgl.errors import PrismError
+from prism_sgl.errors import PrismError, VmmError
 from prism_sgl.messages import ImageReply, OpenImage, SealImage
 
 _REPLY_BYTES = 4096
@@ -40,28 +42,67 @@ def image_key(
     return digest.hexdigest()
 
 
+class ImageMemory:
+    """Host memory for an image that nobody may have yet, allocated in a thread while the model loads.
+
+    The kernel zeroes 4 to 5 GB/s whatever the number of threads: seconds for a large model, which nobody then
+    waits for. ``size_bytes`` is a guess; the image is cut or extended to what it turns out to need.
+    """
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        self._name = name
+        self._image: Image | None = None
+        self._thread = threading.Thread(target=self._allocate, args=(size_bytes,), name="image memory")
+        self._thread.start()
+
+    def take(self, size_bytes: int) -> Image:
+        """Raises VmmError: the host has no memory for it."""
+        self._thread.join()
+        image, self._image = self._image, None
+        if image is None:
+            return Image.create(self._name, size_bytes)
+        image.resize(size_bytes)
+        return image
+
+    def close(self) -> None:
+        self._thread.join()
+        if self._image is not None:
+            self._image.close()
+
+    def _allocate(self, size_bytes: int) -> None:
+        if size_bytes > 0:
+            with contextlib.suppress(VmmError):  # it is said when it is needed, and perhaps it is not
+                self._image = Image.create(self._name, size_bytes)
+
+
 def fetch_image(
-    run_dir: str, key: str, size_bytes: int, name: str, fill: Callable[[memoryview], None]
+    run_dir: str,
+    key: str,
+    size_bytes: int,
+    name: str,
+    memory: ImageMemory,
+    fill: Callable[[memoryview], None],
 ) -> Image:
-    """The sealed image of ``key``; ``fill`` writes it if we are the first to ask.
+    """The sealed image of ``key``; in ``memory`` and written by ``fill`` if we are the first to ask.
 
     Blocks while another runtime is writing the same image.
 
     Raises:
-        ImageRefusedError: the host memory cap is reached, or the host has no memory.
+        ImageRefusedError: the host memory cap is reached.
+        VmmError: the host has no memory.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as store:
         store.connect(addresses.image_store(run_dir))
         store.send(messages.encode_json(OpenImage(key=key, size_bytes=size_bytes, name=name)))
         data, fds, _, _ = socket.recv_fds(store, _REPLY_BYTES, 1)
-        reply = _accepted(data, name)
-        image = Image.from_fd(fds[0], size_bytes)
-        if reply.status == "new":
-            # The view must be gone before the seal: the kernel refuses to seal a memfd that can be written.
-            with image.writable_view() as view:
-                fill(view)
-            store.send(messages.encode_json(SealImage(key=key)))
-            _accepted(store.recv(_REPLY_BYTES), name)
+        if _accepted(data, name).status == "ready":
+            return Image.from_fd(fds[0], size_bytes)
+        image = memory.take(size_bytes)
+        # The view must be gone before the seal: the kernel refuses to seal a memfd that can be written.
+        with image.writable_view() as view:
+            fill(view)
+        socket.send_fds(store, [messages.encode_json(SealImage(key=key))], [image.fileno()])
+        _accepted(store.recv(_REPLY_BYTES), name)
         return image
 
 

@@ -1,13 +1,12 @@
 """Weight images of all models, held open by the supervisor so that they outlive the runtimes.
 
-An image is a memfd. The first who asks for a key writes it, everybody after that maps the sealed copy.
-Runs in the supervisor's loop and never blocks it: memory is allocated in a thread.
+An image is a memfd. The first who asks for a key brings it, filled; it is sealed here, and everybody after that
+maps the sealed copy. Its memory is the writer's to allocate, while it loads: here is only counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import fcntl
 import os
 import socket
@@ -27,13 +26,9 @@ from prism_sgl.messages import (
 from prism_sgl.units import show_size
 
 _MAX_FRAME_BYTES = 1 << 16
+_MAX_FDS = 4
+_BLOCK_BYTES = 512  # the unit of st_blocks
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-
-
-class _ImageState(enum.Enum):
-    ALLOCATING = "allocating"
-    WRITING = "writing"
-    SEALED = "sealed"
 
 
 class _Peer:
@@ -55,23 +50,23 @@ class _Peer:
 
 
 class _Image:
-    """ALLOCATING -> WRITING -> SEALED; ``writer`` is set in the first two."""
+    """Written by ``writer``, then sealed: from then on it has a descriptor and no writer."""
 
     def __init__(self, key: str, name: str, size_bytes: int, writer: _Peer) -> None:
         self.key = key
         self.name = name
         self.size_bytes = size_bytes
-        self.state = _ImageState.ALLOCATING
         self.writer: _Peer | None = writer
         self.waiting: list[_Peer] = []
-        self.fd = os.memfd_create(f"prism-image:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd: int | None = None
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 class ImageStore:
-    """Invariant: the sizes of all images, counted before they are allocated, never exceed ``cap_bytes``."""
+    """Invariant: the sizes of all images, counted before they are written, never exceed ``cap_bytes``."""
 
     def __init__(self, run_dir: str, cap_bytes: int, log: Callable[[str], None]) -> None:
         self.cap_bytes = cap_bytes or machine.memory_bytes() // 2
@@ -80,7 +75,6 @@ class ImageStore:
         self._log = log
         self._images: dict[str, _Image] = {}
         self._peers: set[_Peer] = set()
-        self._allocations: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
 
     def start(self) -> None:
@@ -98,13 +92,10 @@ class ImageStore:
             self._listener.close()
             self._listener = None
             self._path.unlink(missing_ok=True)
-        for task in self._allocations:
-            task.cancel()
         for peer in list(self._peers):
             self._close_peer(peer)
         for image in self._images.values():
-            if image.state is not _ImageState.ALLOCATING:  # else its thread still uses the descriptor
-                image.close()
+            image.close()
         self._images.clear()
 
     def held_bytes(self) -> int:
@@ -114,8 +105,8 @@ class ImageStore:
         assert self.held_bytes() <= self.cap_bytes
         for key, image in self._images.items():
             assert image.key == key
-            assert (image.writer is None) == (image.state is _ImageState.SEALED)
-            assert not (image.waiting and image.state is _ImageState.SEALED)
+            assert (image.writer is None) == (image.fd is not None)
+            assert not (image.waiting and image.writer is None)
             assert image.writer not in image.waiting
             assert all(peer in self._peers for peer in image.waiting)
 
@@ -140,11 +131,18 @@ class ImageStore:
 
     def _receive(self, peer: _Peer) -> None:
         try:
-            frame = peer.connection.recv(_MAX_FRAME_BYTES)
+            frame, fds, _, _ = socket.recv_fds(peer.connection, _MAX_FRAME_BYTES, _MAX_FDS)
         except BlockingIOError:
             return
         except OSError:
-            frame = b""
+            frame, fds = b"", []
+        try:
+            self._obey(peer, frame, fds)
+        finally:
+            for fd in fds:  # what nobody has kept
+                os.close(fd)
+
+    def _obey(self, peer: _Peer, frame: bytes, fds: list[int]) -> None:
         if not frame:
             self._drop_peer(peer)
             return
@@ -158,7 +156,7 @@ class ImageStore:
             case OpenImage():
                 self._open(peer, request)
             case SealImage():
-                self._seal(peer, request.key)
+                self._seal(peer, request.key, fds)
 
     def _drop_peer(self, peer: _Peer) -> None:
         """It closed: what it was writing is dropped, and whoever waits for that writes it anew."""
@@ -166,9 +164,8 @@ class ImageStore:
         for image in list(self._images.values()):
             if peer in image.waiting:
                 image.waiting.remove(peer)
-            elif image.writer is peer and image.state is _ImageState.WRITING:
+            elif image.writer is peer:
                 self._abandon(image, "its writer has gone")
-            # While it is allocated the thread has the descriptor: _allocate looks at the writer afterwards.
 
     def _close_peer(self, peer: _Peer) -> None:
         if peer.alive:
@@ -185,7 +182,7 @@ class ImageStore:
             self._create(peer, request)
         elif image.size_bytes != request.size_bytes:
             self._refuse(peer, f"the image has {image.size_bytes} bytes, not {request.size_bytes}")
-        elif image.state is _ImageState.SEALED:
+        elif image.fd is not None:
             self._reply(peer, ImageReply(status="ready"), [image.fd])
         elif image.writer is peer or peer in image.waiting:
             self._refuse(peer, "asked for already on this connection")
@@ -204,48 +201,24 @@ class ImageStore:
                 f"{show_size(self.cap_bytes)} free; raise host_cache in [memory]",
             )
             return
-        try:
-            image = _Image(request.key, request.name, request.size_bytes, peer)
-        except OSError as error:
-            self._refuse(peer, f"memfd_create failed: {error.strerror}")
-            return
-        self._images[request.key] = image
-        task = asyncio.create_task(self._allocate(image))
-        self._allocations.add(task)
-        task.add_done_callback(self._allocations.discard)
+        self._images[request.key] = _Image(request.key, request.name, request.size_bytes, peer)
+        self._reply(peer, ImageReply(status="new"), [])
 
-    async def _allocate(self, image: _Image) -> None:
-        # All of it now: a hole filled later, when memory has run out, would be a SIGBUS in the writer.
-        work = asyncio.get_running_loop().run_in_executor(
-            None, os.posix_fallocate, image.fd, 0, image.size_bytes
-        )
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            work.add_done_callback(lambda done: image.close())
-            raise
-        except OSError as error:
-            self._remove(image)
-            reason = f"no host memory for {show_size(image.size_bytes)}: {error.strerror}"
-            for peer in (image.writer, *image.waiting):
-                if peer is not None:
-                    self._refuse(peer, reason)
-            return
-        image.state = _ImageState.WRITING
-        if image.writer is None or not image.writer.send(ImageReply(status="new"), [image.fd]):
-            self._abandon(image, "its writer has gone")
-
-    def _seal(self, peer: _Peer, key: str) -> None:
+    def _seal(self, peer: _Peer, key: str, fds: list[int]) -> None:
+        """Keep what the writer brings, if nobody can change it any more."""
         image = self._images.get(key)
-        if image is None or image.writer is not peer or image.state is not _ImageState.WRITING:
+        if image is None or image.writer is not peer:
             self._refuse(peer, "not the writer of this image")
             return
-        try:
-            fcntl.fcntl(image.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:  # EBUSY: somebody could still change what others will trust
-            self._refuse(peer, f"cannot be sealed ({error.strerror}): unmap every writable mapping first")
+        if len(fds) != 1:
+            self._refuse(peer, "send the image's memfd along")
             return
-        image.state = _ImageState.SEALED
+        fd = fds.pop()
+        if reason := _unfit(fd, image.size_bytes):
+            os.close(fd)
+            self._refuse(peer, reason)
+            return
+        image.fd = fd
         image.writer = None
         waiting, image.waiting = image.waiting, []
         self._log(
@@ -253,7 +226,7 @@ class ImageStore:
         )
         self._reply(peer, ImageReply(status="sealed"), [])
         for other in waiting:
-            self._reply(other, ImageReply(status="ready"), [image.fd])
+            self._reply(other, ImageReply(status="ready"), [fd])
 
     def _abandon(self, image: _Image, reason: str) -> None:
         self._remove(image)
@@ -272,3 +245,17 @@ class ImageStore:
     def _reply(self, peer: _Peer, reply: ImageReply, fds: list[int]) -> None:
         if not peer.send(reply, fds):
             self._drop_peer(peer)
+
+
+def _unfit(fd: int, size_bytes: int) -> str | None:
+    """Why this file cannot be kept as an image; else it is sealed."""
+    status = os.fstat(fd)
+    if status.st_size != size_bytes:
+        return f"the memfd has {status.st_size} bytes, not {size_bytes}"
+    if status.st_blocks * _BLOCK_BYTES < size_bytes:
+        return "the memfd has holes: a reader that fills one when memory has run out dies of SIGBUS"
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:  # EBUSY: somebody could still change what others will trust
+        return f"cannot be sealed ({error.strerror}): unmap every writable mapping first"
+    return None

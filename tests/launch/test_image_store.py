@@ -82,18 +82,24 @@ def ask(client: socket.socket, key: str, size_bytes: int) -> tuple[ImageReply, i
     return receive(client)
 
 
-def seal(client: socket.socket, key: str) -> ImageReply:
-    client.send(encode_json(SealImage(key=key)))
+def memory_file(size_bytes: int, content: bytes = b"weights") -> int:
+    fd = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.posix_fallocate(fd, 0, size_bytes)
+    os.pwrite(fd, content, 0)
+    return fd
+
+
+def seal(client: socket.socket, key: str, fd: int) -> ImageReply:
+    socket.send_fds(client, [encode_json(SealImage(key=key))], [fd])
     return receive(client)[0]
 
 
 def write_image(store: RunningStore, key: str, size_bytes: int) -> None:
     with store.connect() as client:
-        reply, fd = ask(client, key, size_bytes)
-        assert reply.status == "new"
-        os.pwrite(fd, b"weights", 0)
+        assert ask(client, key, size_bytes)[0].status == "new"
+        fd = memory_file(size_bytes)
+        assert seal(client, key, fd).status == "sealed"
         os.close(fd)
-        assert seal(client, key).status == "sealed"
 
 
 def is_waiting(store: RunningStore, key: str, num: int) -> bool:
@@ -116,22 +122,41 @@ def test_first_asker_writes_and_the_second_gets_the_sealed_copy(store: RunningSt
         os.close(fd)
 
 
-def test_memory_is_there_before_the_writer_gets_it(store: RunningStore) -> None:
+def test_a_file_with_holes_or_of_another_size_is_not_kept(store: RunningStore) -> None:
     with store.connect() as client:
-        _, fd = ask(client, "k", 2 * MIB)
-        assert os.fstat(fd).st_blocks * 512 == 2 * MIB
+        ask(client, "k", 2 * MIB)
+        fd = os.memfd_create("holes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 2 * MIB)
+        assert "holes" in seal(client, "k", fd).reason
+        os.ftruncate(fd, MIB)
+        assert "has 1048576 bytes" in seal(client, "k", fd).reason
+        client.send(encode_json(SealImage(key="k")))
+        assert receive(client)[0].reason == "send the image's memfd along"
+        os.close(fd)
+        assert seal(client, "k", memory_file(2 * MIB)).status == "sealed"
+
+
+def test_descriptors_that_nobody_keeps_are_closed(store: RunningStore) -> None:
+    with store.connect() as client:
+        fd = memory_file(MIB)
+        assert seal(client, "unknown", fd).status == "refused"
+        store.check()  # on the store's loop: what it did for the answer is done
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            assert seal(client, "unknown", fd).status == "refused"
+        store.check()
+        assert len(os.listdir("/proc/self/fd")) == before
         os.close(fd)
 
 
 def test_asker_waits_while_another_writes(store: RunningStore) -> None:
     with store.connect() as writer, store.connect() as reader:
-        _, fd = ask(writer, "k", MIB)
+        ask(writer, "k", MIB)
         send(reader, "k", MIB)
         # A second connection's answer shows that the store has read what was sent before it.
         assert ask(store.connect(), "other", 0)[0].status == "refused"
         assert store.call(lambda: is_waiting(store, "k", 1))
-        os.close(fd)
-        assert seal(writer, "k").status == "sealed"
+        assert seal(writer, "k", memory_file(MIB)).status == "sealed"
         reply, fd = receive(reader)
         assert reply.status == "ready"
         os.close(fd)
@@ -139,12 +164,11 @@ def test_asker_waits_while_another_writes(store: RunningStore) -> None:
 
 def test_killed_writer_is_followed_by_the_one_who_waits(store: RunningStore) -> None:
     code = (
-        "import os, socket, sys, time\n"
+        "import socket, sys\n"
         "from prism_sgl.messages import OpenImage, encode_json\n"
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])\n"
         "s.send(encode_json(OpenImage(key='k', size_bytes=1 << 20, name='chat')))\n"
-        "frame, fds, _, _ = socket.recv_fds(s, 4096, 1)\n"
-        "os.pwrite(fds[0], b'half', 0); print('writing', flush=True); sys.stdin.read()\n"
+        "s.recv(4096); print('writing', flush=True); sys.stdin.read()\n"
     )
     address = addresses.image_store(store.run_dir)
     with subprocess.Popen(
@@ -155,22 +179,20 @@ def test_killed_writer_is_followed_by_the_one_who_waits(store: RunningStore) -> 
         with store.connect() as heir:
             send(heir, "k", MIB)
             writer.send_signal(signal.SIGKILL)
-            reply, fd = receive(heir)
-            assert reply.status == "new"
-            assert os.pread(fd, 4, 0) == bytes(4)  # nothing of the dropped one
-            os.close(fd)
-            assert seal(heir, "k").status == "sealed"
+            assert receive(heir)[0].status == "new"
+            assert seal(heir, "k", memory_file(MIB)).status == "sealed"
     assert any("its writer has gone" in line for line in store.lines)
 
 
 def test_seal_is_refused_while_a_writable_mapping_is_left(store: RunningStore) -> None:
     with store.connect() as client:
-        _, fd = ask(client, "k", MIB)
+        ask(client, "k", MIB)
+        fd = memory_file(MIB)
         mapping = mmap.mmap(fd, MIB)
-        reply = seal(client, "k")
+        reply = seal(client, "k", fd)
         assert (reply.status, "unmap every writable mapping" in reply.reason) == ("refused", True)
         mapping.close()
-        assert seal(client, "k").status == "sealed"
+        assert seal(client, "k", fd).status == "sealed"
         os.close(fd)
 
 
@@ -197,11 +219,10 @@ def test_cap_counts_sealed_and_unsealed_images(store: RunningStore) -> None:
 
 def test_only_the_writer_can_seal(store: RunningStore) -> None:
     with store.connect() as writer, store.connect() as other:
-        _, fd = ask(writer, "k", MIB)
-        os.close(fd)
-        assert seal(other, "k").reason == "not the writer of this image"
-        assert seal(writer, "unknown").reason == "not the writer of this image"
-        assert seal(writer, "k").status == "sealed"
+        ask(writer, "k", MIB)
+        assert seal(other, "k", memory_file(MIB)).reason == "not the writer of this image"
+        assert seal(writer, "unknown", memory_file(MIB)).reason == "not the writer of this image"
+        assert seal(writer, "k", memory_file(MIB)).status == "sealed"
 
 
 def test_undecodable_frame_ends_only_its_connection(store: RunningStore) -> None:
