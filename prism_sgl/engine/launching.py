@@ -7,11 +7,11 @@ import multiprocessing as mp
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from sglang.srt.entrypoints import http_server
-from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.entrypoints.engine import Engine, SchedulerInitResult, _wait_for_scheduler_ready
 from sglang.srt.managers.load_snapshot import shm_path_for
 from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -19,6 +19,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism_sgl import addresses
+from prism_sgl.engine.early_children import EarlyChildren
 from prism_sgl.engine.seams import prove_hooks
 from prism_sgl.engine.support import refuse_unsupported_options
 from prism_sgl.errors import ConfigError
@@ -40,7 +41,13 @@ _HOST: dict[str, object] = {
     "grammar_backend": "llguidance",  # xgrammar refuses the CPU
     "mem_fraction_static": 0.5,  # unused: the pool is sized by its ceiling (seams.py)
 }
+# On a card nothing is set that the user may not change; these are defaults of ours.
 _DEFAULTS: dict[str, object] = {"max_running_requests": 32, "log_level": "info"}
+_CUDA_DEFAULTS: dict[str, object] = {
+    "cuda_graph_max_bs_decode": 32,
+    # Half a GiB to 1.5 GiB a model that stays on the card while it sleeps.
+    "disable_prefill_cuda_graph": True,
+}
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
@@ -51,24 +58,66 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
 
 
 class RuntimeEngine(Engine):
-    """SGLang's Engine with our scheduler entry; on the host its children are forked, not spawned.
+    """SGLang's Engine with our scheduler entry. Its children are spawned and pay SGLang's imports again."""
 
-    A spawned child pays SGLang's imports again (25 s of one core), a forked one has them already. Forking is
-    safe here because nothing has started a thread yet and there is no CUDA context; on a card it is not.
-    """
-
-    fork_children = False
     run_scheduler_process_func: Callable[..., None] = staticmethod(run_scheduler)
-
-    @classmethod
-    def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
-        if cls.fork_children:
-            mp.set_start_method("fork", force=True)
-        return super()._launch_scheduler_processes(*args, **kwargs)
 
 
 class ForkingEngine(RuntimeEngine):
-    fork_children = True
+    """Children are forked and have the imports already (25 s of one core).
+
+    Safe on the host because nothing has started a thread yet and there is no CUDA context; on a card it is not.
+    """
+
+    @classmethod
+    def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+        mp.set_start_method("fork", force=True)
+        return super()._launch_scheduler_processes(*args, **kwargs)
+
+
+class EarlyEngine(RuntimeEngine):
+    """Children have waited with their imports done (early_children.py), and have proven our hooks."""
+
+    children: ClassVar[EarlyChildren]  # of this process, which has one engine
+    run_scheduler_process_func: Callable[..., None] = staticmethod(run_scheduler_process)
+
+    @classmethod
+    def _launch_scheduler_processes(
+        cls, server_args: ServerArgs, port_args: PortArgs, run_scheduler_process_func: Callable[..., None]
+    ) -> tuple[SchedulerInitResult, list[Any]]:
+        """As SGLang's for one rank (engine.py:823); support.py has refused every option that needs more."""
+        child = cls.children.scheduler
+        ranks = ("tp_rank", "attn_cp_rank", "moe_dp_rank", "moe_ep_rank", "pp_rank")
+        arguments = {
+            "server_args": server_args,
+            "port_args": port_args,
+            "gpu_id": server_args.base_gpu_id,
+            **dict.fromkeys(ranks, 0),
+            "dp_rank": None,
+        }
+        child.call(run_scheduler_process_func, arguments, reports_as="pipe_writer")
+        infos: list[dict[str, Any]] = []
+        result = SchedulerInitResult(
+            scheduler_infos=infos,
+            all_child_pids=[child.process.pid],
+            wait_for_ready=lambda: infos.extend(
+                _wait_for_scheduler_ready([child.connection], [child.process])
+            ),
+            block_until_scheduler_exits=child.process.join,
+        )
+        return result, [child.process]
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(
+        cls, server_args: ServerArgs, port_args: PortArgs, run_detokenizer_process_func: Callable[..., None]
+    ) -> tuple[list[Any], list[str]]:
+        if server_args.detokenizer_worker_num > 1:  # spawned as ever; they import while the model loads
+            return super()._launch_detokenizer_subprocesses(  # type: ignore[no-any-return]
+                server_args, port_args, run_detokenizer_process_func
+            )
+        child = cls.children.detokenizer
+        child.call(run_detokenizer_process_func, {"server_args": server_args, "port_args": port_args})
+        return [child.process], ["detokenizer"]
 
 
 def server_args(spec: RuntimeSpec) -> ServerArgs:
@@ -93,7 +142,8 @@ def server_args(spec: RuntimeSpec) -> ServerArgs:
             )
         if name in ours and spec.engine_args[name] != ours[name]:
             raise ConfigError(key, "is set by prism_sgl itself", "remove it")
-    args = ServerArgs(**(_DEFAULTS | {"log_level": spec.log_level} | spec.engine_args | ours))
+    defaults = _DEFAULTS | (_CUDA_DEFAULTS if spec.device_kind == "cuda" else {})
+    args = ServerArgs(**(defaults | {"log_level": spec.log_level} | spec.engine_args | ours))
     refuse_unsupported_options(args, spec.model)
     return args
 
@@ -109,8 +159,8 @@ class RunningEngine:
     phases: dict[str, float]
 
 
-def start_engine(spec: RuntimeSpec) -> RunningEngine:
-    """Start scheduler and detokenizer processes and wait until the model is loaded.
+def start_engine(spec: RuntimeSpec, early: EarlyChildren | None = None) -> RunningEngine:
+    """Start scheduler and detokenizer, in ``early`` processes if there are any; wait until the model is loaded.
 
     Must run in the main thread: SGLang's children die with the thread that started them (PDEATHSIG).
     """
@@ -121,7 +171,7 @@ def start_engine(spec: RuntimeSpec) -> RunningEngine:
     # SGLang removes this file when it ends in order, which a killed engine does not.
     listing = Path(addresses.shared_files(spec.run_dir, spec.runtime))
     listing.write_text(f"{shm_path_for(ports.instance_id)}\n")
-    engine = ForkingEngine if spec.device_kind == "host" else RuntimeEngine
+    engine = _engine_class(spec, early)
     tokenizer, template, _, scheduler, watchdog, _ = engine._launch_subprocesses(
         server_args=args,
         init_tokenizer_manager_func=engine.init_tokenizer_manager_func,
@@ -150,6 +200,13 @@ def start_engine(spec: RuntimeSpec) -> RunningEngine:
         facts=msgspec.convert(info["prism"], RuntimeFacts),
         phases={name: value for name, value in startup.items() if isinstance(value, int | float)},
     )
+
+
+def _engine_class(spec: RuntimeSpec, early: EarlyChildren | None) -> type[RuntimeEngine]:
+    if early is not None:
+        EarlyEngine.children = early
+        return EarlyEngine
+    return ForkingEngine if spec.device_kind == "host" else RuntimeEngine
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""What every process of the engine room does to itself first: die with its parent, log to its file."""
+"""What processes of the engine room do to themselves and their sessions: die with the parent, log to a file, end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -34,6 +37,32 @@ def log_to(path: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def run_to_exit(main: Callable[[], None]) -> NoReturn:
+    """Run ``main`` and end this process with its exit code, without an interpreter shutdown.
+
+    torch and SGLang need seconds for theirs, and a forked process must not run its parent's exit handlers.
+    """
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def kill_session(leader: int) -> bool:
+    """SIGKILL the leader's process group; False when no process of it is left."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,9 +1,12 @@
-"""Parent of all workers of one device: it has paid SGLang's imports, so a worker costs a fork (host devices).
+"""Parent of all workers of one device, so that a start does not pay SGLang's imports.
 
 The supervisor speaks JSON with it over a SOCK_SEQPACKET pair: Spawn and Kill in, StandbyReady, Spawned and
 WorkerExited out. Each worker is the leader of a session of its own; when it ends, the rest of its session is
 killed, and WorkerExited is sent only when the last process is gone: orphans become our children (subreaper),
 so there is none that we do not see. One thread, no event loop: what forks must have neither.
+
+Where workers come from is a WorkerSource: forked after our own imports (host), or waiting in processes of their
+own (cuda, where our process stays light).
 """
 
 from __future__ import annotations
@@ -15,37 +18,33 @@ import os
 import select
 import signal
 import socket
-import tempfile
+import sys
 import time
-import traceback
+from collections.abc import Mapping
 
 from prism_sgl import messages
 from prism_sgl.engine import spec as spec_channel
-from prism_sgl.engine.processes import adopt_orphans, die_with_parent, log_to
-from prism_sgl.messages import (
-    Kill,
-    RuntimeId,
-    RuntimeSpec,
-    Spawn,
-    Spawned,
-    StandbyReady,
-    StandbyToSupervisor,
-    WorkerExited,
-)
+from prism_sgl.engine.processes import adopt_orphans, kill_session
+from prism_sgl.engine.waiting_room import WaitingRoom
+from prism_sgl.engine.worker_source import WorkerSource
+from prism_sgl.errors import ConfigError
+from prism_sgl.messages import Kill, RuntimeId, Spawn, Spawned, StandbyToSupervisor, WorkerExited
 
-log = logging.getLogger(__name__)
 _MESSAGE_BYTES = 1 << 20
+_LOOK_AGAIN_S = 0.01
+_END_WITHIN_S = 2.0  # less than the supervisor waits for us
+_KNOWN_TO_CUDA = "CUDA_VISIBLE_DEVICES"
 
 
 class Standby:
     """Owns the table of living workers."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, source: WorkerSource) -> None:
         self.channel = channel
+        self.source = source
         self.workers: dict[int, RuntimeId] = {}  # leaders that live
-        self.ending: dict[
-            int, tuple[RuntimeId, int]
-        ] = {}  # leaders that ended, their session not yet: exit code
+        # leaders that ended, their session not yet: exit code
+        self.ending: dict[int, tuple[RuntimeId, int]] = {}
         self.deadlines: dict[int, float] = {}  # SIGKILL to the session at this time
         self._wake_read, wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -54,21 +53,25 @@ class Standby:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
     def run(self) -> None:
-        """Until the supervisor closes its end; then every worker is killed."""
+        """Until the supervisor closes its end; then every process of ours is killed."""
         try:
+            readable: list[int] = []
             while True:
-                descriptors = [self.channel.fileno(), self._wake_read]
-                ready, _, _ = select.select(descriptors, [], [], self._timeout())
-                if self._wake_read in ready:
+                for message in self.source.step(readable):
+                    if isinstance(message, Spawned):
+                        self.workers[message.pid] = message.runtime
+                    self._tell(message)
+                descriptors = [self.channel.fileno(), self._wake_read, *self.source.descriptors()]
+                readable, _, _ = select.select(descriptors, [], [], self._timeout())
+                if self._wake_read in readable:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, 4096)
                 self._reap()
                 self._kill_overdue()
-                if self.channel.fileno() in ready and not self._obey():
+                if self.channel.fileno() in readable and not self._obey():
                     return
         finally:
-            for pid in [*self.workers, *self.ending]:
-                _kill_session(pid, signal.SIGKILL)
+            self._end_all()
 
     def _obey(self) -> bool:
         data = self.channel.recv(_MESSAGE_BYTES)
@@ -76,43 +79,14 @@ class Standby:
             return False
         match messages.decode_supervisor_to_standby(data):
             case Spawn(spec=spec):
-                self._spawn(spec)
+                self.source.start(spec)
             case Kill(runtime=runtime, grace_s=grace_s):
+                self.source.cancel(runtime)
                 for pid in [pid for pid, name in self.workers.items() if name == runtime]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
                     self.deadlines[pid] = time.monotonic() + grace_s
         return True
-
-    def _spawn(self, spec: RuntimeSpec) -> None:
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(spec, parent)
-        self.workers[pid] = spec.runtime
-        self._tell(Spawned(runtime=spec.runtime, pid=pid))
-
-    def _become_worker(self, spec: RuntimeSpec, parent: int) -> None:
-        """In the child: never returns, and never runs the parent's exit handlers."""
-        code = 1
-        try:
-            die_with_parent(parent)
-            os.setsid()
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self.channel.close()
-            log_to(spec.log_path)
-            tempfile.tempdir = None  # the parent may have cached another
-            from prism_sgl.engine.worker import serve
-
-            serve(spec)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
 
     def _reap(self) -> None:
         while True:
@@ -122,12 +96,15 @@ class Standby:
                 pid = 0
             if pid == 0:
                 break
+            exit_code = os.waitstatus_to_exitcode(status)
             runtime = self.workers.pop(pid, None)
             if runtime is not None:
-                self.ending[pid] = (runtime, os.waitstatus_to_exitcode(status))
+                self.ending[pid] = (runtime, exit_code)
                 self.deadlines.pop(pid, None)
+            elif self.source.lost(pid, exit_code):
+                kill_session(pid)
         for pid, (runtime, exit_code) in list(self.ending.items()):
-            if not _kill_session(pid, signal.SIGKILL):
+            if not kill_session(pid):
                 del self.ending[pid]
                 self._tell(WorkerExited(runtime=runtime, pid=pid, exit_code=exit_code))
 
@@ -136,26 +113,46 @@ class Standby:
         for pid, deadline in list(self.deadlines.items()):
             if now >= deadline:
                 del self.deadlines[pid]
-                _kill_session(pid, signal.SIGKILL)
+                kill_session(pid)
+
+    def _end_all(self) -> None:
+        """Kill every session and see the last process go: all their orphans are our children by then."""
+        for pid in [*self.workers, *self.ending, *self.source.leaders()]:
+            kill_session(pid)
+        deadline = time.monotonic() + _END_WITHIN_S
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(_LOOK_AGAIN_S)
 
     def _timeout(self) -> float | None:
         if self.ending:
-            return 0.01  # a killed session's last process may be an adopted orphan whose end comes by SIGCHLD
-        if self.deadlines:
-            return max(0.0, min(self.deadlines.values()) - time.monotonic())
-        return None
+            return _LOOK_AGAIN_S  # a killed session's last process may be an adopted orphan whose end comes by SIGCHLD
+        times = list(self.deadlines.values())
+        if (next_at := self.source.next_at()) is not None:
+            times.append(next_at)
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _tell(self, message: StandbyToSupervisor) -> None:
         self.channel.send(messages.encode_json(message))
 
 
-def _kill_session(leader: int, signum: int) -> bool:
-    """Signal the leader's process group; False when no process of it is left."""
-    try:
-        os.killpg(leader, signum)
-    except ProcessLookupError:
-        return False
-    return True
+def one_card(index: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that make the card of this index the only one, which is then number 0 to all of CUDA and SGLang.
+
+    Counted as nvidia-smi does (by PCI bus), or within what the user has made visible.
+
+    Raises:
+        ConfigError: fewer cards than that are visible.
+    """
+    if not (visible := environment.get(_KNOWN_TO_CUDA)):
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", _KNOWN_TO_CUDA: str(index)}
+    cards = visible.split(",")
+    if index >= len(cards):
+        raise ConfigError(
+            "devices.index", f"is {index}, but {_KNOWN_TO_CUDA} is {visible}", "count within those, from 0"
+        )
+    return {_KNOWN_TO_CUDA: cards[index].strip()}
 
 
 def main() -> None:
@@ -163,31 +160,36 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="our end of the supervisor's socket pair")
     parser.add_argument("--kind", choices=("host", "cuda"), required=True)
     parser.add_argument("--index", type=int, default=0, help="index of the device among its kind")
+    parser.add_argument(
+        "--waiting", type=int, default=0, help="workers that wait from the start; 0: fork them (host only)"
+    )
     arguments = parser.parse_args()
-    began = time.perf_counter()
+    if arguments.kind == "cuda" and arguments.waiting < 1:
+        parser.error("workers of a card cannot be forked: --waiting must be 1 or more")
     adopt_orphans()
     # The supervisor ends us by closing the socket pair, and its death by PDEATHSIG, which it sets for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    spec_channel.announce_device_kind(arguments.kind)
-    # The imports of worker, scheduler and detokenizer, paid once for all of them.
-    import sglang.srt.entrypoints.http_server
-    import sglang.srt.managers.detokenizer_manager
-    import sglang.srt.models.registry  # noqa: F401  (all model classes: 6 s)
-    from sglang.srt.plugins import load_plugins
-
-    from prism_sgl.engine.seams import prove_hooks
-
-    load_plugins()
-    prove_hooks()
-    import prism_sgl.engine.worker  # noqa: F401
-
     channel = socket.socket(fileno=arguments.fd)
-    channel.send(messages.encode_json(StandbyReady(seconds=time.perf_counter() - began)))
-    Standby(channel).run()
+    channel.set_inheritable(False)  # the supervisor must see its end when we are gone, whoever lives on
+    Standby(channel, _source(arguments.kind, arguments.index, arguments.waiting, channel)).run()
     # No interpreter shutdown: torch and SGLang need seconds for it, and nothing of ours is left to close.
     os._exit(0)
+
+
+def _source(kind: str, index: int, waiting: int, channel: socket.socket) -> WorkerSource:
+    if waiting:
+        cores = len(os.sched_getaffinity(0))
+        environment = dict(os.environ)
+        if kind == "cuda":
+            environment |= one_card(index, environment)
+        command = [sys.executable, "-m", "prism_sgl.engine.waiting", "--kind", kind]
+        return WaitingRoom(command, environment, first=min(waiting, cores), cores=cores)
+    spec_channel.announce_device_kind(kind)
+    from prism_sgl.engine.forking import ForkingSource
+
+    return ForkingSource(channel)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 import zmq
@@ -42,6 +43,9 @@ from prism_sgl.messages import (
     Woke,
 )
 
+if TYPE_CHECKING:
+    from prism_sgl.engine.early_children import EarlyChildren
+
 log = logging.getLogger(__name__)
 
 _LOAD_EVERY_S = 0.25  # looked at; sent when changed
@@ -50,21 +54,24 @@ _WAKE_TIMEOUT_S = 5.0  # then the router frees room and asks again
 
 
 class PhaseLog:
-    """Seconds of each phase of the start, for the supervisor's progress lines (addresses.phases)."""
+    """Seconds of each phase of the start, for the supervisor's progress lines (addresses.phases).
 
-    def __init__(self, spec: RuntimeSpec) -> None:
+    ``began_s`` (monotonic) is when the runtime was wanted, which may be before there was a process for it.
+    """
+
+    def __init__(self, spec: RuntimeSpec, began_s: float) -> None:
         self._path = Path(addresses.phases(spec.run_dir, spec.runtime))
-        self._since = time.perf_counter()
-        self._began = self._since
+        self._since = began_s
+        self._began = began_s
         self.seconds: dict[str, float] = {}
 
     def done(self, phase: str) -> None:
-        now = time.perf_counter()
+        now = time.monotonic()
         self._write(phase, now - self._since)
         self._since = now
 
     def ready(self) -> float:
-        total = time.perf_counter() - self._began
+        total = time.monotonic() - self._began
         self._write("ready", total)
         return total
 
@@ -77,14 +84,14 @@ class PhaseLog:
 class Worker:
     """Owns this runtime's state; everything happens on one loop."""
 
-    def __init__(self, spec: RuntimeSpec, phases: PhaseLog) -> None:
+    def __init__(self, spec: RuntimeSpec, phases: PhaseLog, early: EarlyChildren | None) -> None:
         from prism_sgl.allocator.ledger import Ledger
         from prism_sgl.engine.launching import start_engine
 
         self.spec = spec
         self.phases = phases
         self.state = RuntimeState.STARTING
-        self.engine = start_engine(spec)
+        self.engine = start_engine(spec, early)
         phases.done("engine")
         phases.seconds |= self.engine.phases
         self.ledger = Ledger.open(spec.ledger_path)
@@ -96,6 +103,7 @@ class Worker:
         from prism_sgl.engine.bridge import AsgiBridge
         from prism_sgl.engine.control import SchedulerControl
         from prism_sgl.engine.launching import app_lifespan
+        from prism_sgl.engine.warm_up import warm_up
 
         stop = asyncio.Event()
         async with app_lifespan(self.engine):
@@ -116,6 +124,9 @@ class Worker:
             first_tokens = FirstTokenListener(addresses.first_tokens(self.spec.run_dir, self.spec.runtime))
             async with self.bridge:
                 asyncio.get_running_loop().add_reader(first_tokens, self._on_first_tokens, first_tokens)
+                if self.spec.device_kind == "cuda":
+                    await warm_up(self.engine.tokenizer_manager, self.engine.facts)
+                    self.phases.done("warm-up")
                 self.state = RuntimeState.AWAKE
                 self.start_s = self.phases.ready()
                 self.report(self.hello())
@@ -160,14 +171,14 @@ class Worker:
             match command:
                 case AskHello():
                     self.report(self.hello())
-                case Sleep():
-                    await self._sleep()
+                case Sleep(keep_weights=keep_weights):
+                    await self._sleep(keep_weights)
                 case Wake():
                     await self._wake()
                 case SetQuota(floor_bytes=floor, ceiling_bytes=ceiling):
                     await self.control.set_quota(floor, ceiling)
 
-    async def _sleep(self) -> None:
+    async def _sleep(self, keep_weights: bool) -> None:
         from prism_sgl.engine.control import SchedulerCallError
 
         runtime = self.spec.runtime
@@ -176,7 +187,7 @@ class Worker:
             return
         self.bridge.awake = False
         try:
-            seconds = await self.control.sleep()
+            seconds = await self.control.sleep(keep_weights=keep_weights)
         except SchedulerCallError as refusal:
             self.bridge.awake = True
             self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
@@ -233,17 +244,21 @@ def _engine_died() -> None:
     os._exit(1)
 
 
-def serve(spec: RuntimeSpec) -> None:
-    """The whole life of a worker process. Returns at SIGTERM; SGLang's children die with us."""
+def serve(spec: RuntimeSpec, *, wanted_at_s: float | None = None, early: EarlyChildren | None = None) -> None:
+    """The whole life of a worker process. Returns at SIGTERM; SGLang's children die with us.
+
+    A worker that has waited brings its children, and counts its start from when the spec was wanted: the phase
+    ``imports`` is then what that had to wait for imports, which is nothing if the worker was ready.
+    """
     logging.basicConfig(level=spec.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     os.environ.update(spec.env)
     spec_channel.announce_spec(spec)
-    phases = PhaseLog(spec)
-    import sglang.srt.entrypoints.http_server  # noqa: F401  (25 s, unless the standby has paid it)
+    phases = PhaseLog(spec, time.monotonic() if wanted_at_s is None else wanted_at_s)
+    import sglang.srt.entrypoints.http_server  # noqa: F401  (25 s, unless they were paid before the spec came)
 
     phases.done("imports")
     try:
-        worker = Worker(spec, phases)
+        worker = Worker(spec, phases, early)
     except PrismError as error:
         # One line that the supervisor finds at the end of the log: this is the reason that clients read.
         log.error("%s", error)

@@ -13,7 +13,7 @@ from prism_sgl.messages import RuntimeId, RuntimeSpec
 
 @dataclass
 class Runtime:
-    """``pid`` is None until the standby has forked it; ``kill_reason`` is set once its end is wanted."""
+    """``pid`` is None until a process has the spec; ``kill_reason`` is set once its end is wanted."""
 
     spec: RuntimeSpec
     pid: int | None = None
@@ -49,6 +49,7 @@ def build_spec(
         env=model.env,
         log_path=f"{log_dir(config)}/{file_name}.log",
         log_level=config.server.log_level,
+        weights_bytes=model.weights_bytes,
     )
 
 

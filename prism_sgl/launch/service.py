@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from signal import SIGKILL, Signals
 
-from prism_sgl.launch.backoff import Backoff
+from prism_sgl.backoff import Backoff
 from prism_sgl.launch.children import Child, describe_exit, last_error
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import RunDir

@@ -1,4 +1,4 @@
-"""The supervisor's side of one standby: the process that has the engine imported and forks workers.
+"""The supervisor's side of one standby: the process that forks workers, or keeps some waiting (engine/standby.py).
 
 One for each device. Its death is the death of all its runtimes: what is left of their sessions is ended,
 each is reported, and a new standby starts.
@@ -34,9 +34,14 @@ class StandbyLink:
     """The socket pair to the standby of one device. Messages wait here while no standby lives."""
 
     def __init__(
-        self, device: DeviceConfig, receive: Callable[[DeviceConfig, StandbyToSupervisor], None]
+        self,
+        device: DeviceConfig,
+        start_parallel: int,
+        receive: Callable[[DeviceConfig, StandbyToSupervisor], None],
     ) -> None:
         self.device = device
+        # As many as may start at once; on the host they are forked when they are wanted.
+        self._num_waiting = start_parallel if device.kind == "cuda" else 0
         self.num_undecodable = 0
         self._receive = receive
         self._socket: socket.socket | None = None
@@ -52,6 +57,8 @@ class StandbyLink:
                 self.device.kind,
                 "--index",
                 str(self.device.index),
+                "--waiting",
+                str(self._num_waiting),
             ]
             name = f"standby {self.device.name}"
             child = start_child(name, module, args, env=env, log=log, fds=[theirs.fileno()])

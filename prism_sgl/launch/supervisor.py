@@ -169,7 +169,8 @@ class Supervisor:
         return child
 
     def _start_standby(self, device: DeviceConfig) -> None:
-        link = self._standbys[device.name] = StandbyLink(device, self._on_standby)
+        start_parallel = self._config.scheduler.start_parallel
+        link = self._standbys[device.name] = StandbyLink(device, start_parallel, self._on_standby)
         name = f"standby-{device.name}"
 
         async def gone(reason: str) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,19 @@ READY_TIMEOUT_S = 240
 
 
 class System:
-    """The launcher process and its address. ``lines`` is all that it printed so far."""
+    """The launcher process and its address. ``lines`` is all that it printed so far.
 
-    def __init__(self, config: Path, run_dir: Path, log_dir: Path, port: int) -> None:
+    ``program``: arguments of Python; a test may start the launcher with another standby.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        run_dir: Path,
+        log_dir: Path,
+        port: int,
+        program: Sequence[str] = ("-m", "prism_sgl.launch"),
+    ) -> None:
         self.run_dir = run_dir
         self.log_dir = log_dir
         self.url = f"http://127.0.0.1:{port}"
@@ -33,7 +43,7 @@ class System:
         self.lines: list[str] = []
         self._queue: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "prism_sgl.launch", "--config", str(config)],
+            [sys.executable, "-u", *program, "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -49,12 +59,16 @@ class System:
 
     def wait_ready(self) -> None:
         """Until the launcher says that all models are ready."""
+        self.wait_line("curl ")
+
+    def wait_line(self, part: str) -> str:
+        """The next line with ``part`` that the launcher prints."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while True:
             line = self._queue.get(timeout=max(0.1, deadline - time.monotonic()))
             assert line is not None, "the launcher ended:\n" + "\n".join(self.lines)
-            if "curl " in line:
-                return
+            if part in line:
+                return line
 
     def stop(self) -> int:
         self.client.close()

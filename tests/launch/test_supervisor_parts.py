@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -9,15 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from prism_sgl import addresses
+from prism_sgl.backoff import Backoff
 from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
-from prism_sgl.launch.backoff import Backoff
 from prism_sgl.launch.banner import curl_line, ready_lines
 from prism_sgl.launch.children import describe_exit, last_error
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import SHM_FOLDER, RunDir, remove_listed
 from prism_sgl.launch.runtimes import build_spec
+from prism_sgl.launch.standby import StandbyLink
 from prism_sgl.messages import RuntimeId
 
 RUNTIME = RuntimeId("org/chat@host0.3")
@@ -82,6 +86,31 @@ def test_event_is_one_line_whatever_the_reason_holds() -> None:
     out = io.StringIO()
     Progress(out).line("chat: ended (\n  two\nlines)")
     assert out.getvalue().endswith("chat: ended ( two lines)\n")
+
+
+@pytest.mark.parametrize(("kind", "num_waiting"), [("host", "0"), ("cuda", "3")])
+def test_workers_of_a_card_wait_as_many_as_may_start_at_once(
+    tmp_path: Path, kind: str, num_waiting: str
+) -> None:
+    device = DeviceConfig(name="device0", kind=kind, memory_bytes=1 << 30, index=1)
+
+    def command_line(pid: int) -> list[str]:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+    async def arguments() -> list[str]:
+        ready = asyncio.Event()
+        link = StandbyLink(device, 3, lambda _device, _message: ready.set())
+        child = link.start("tests.launch.programs.tiny_standby", env=os.environ, log=tmp_path / "log")
+        try:
+            await ready.wait()
+            return command_line(child.pid)
+        finally:
+            link.close()
+            await child.exited
+
+    given = asyncio.run(arguments())
+    assert given[given.index("--waiting") + 1] == num_waiting
+    assert given[given.index("--index") + 1] == "1"
 
 
 def test_spec_has_all_that_the_worker_needs(tmp_path: Path) -> None:

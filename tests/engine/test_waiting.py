@@ -1,0 +1,173 @@
+"""A waiting worker with a real SGLang: what has imported before a spec is what serves after it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from prism_sgl.engine.early_children import EarlyChild, EarlyChildError
+from prism_sgl.engine.spec import SPEC_VARIABLE
+from prism_sgl.launch.processes import session_members
+from prism_sgl.messages import RuntimeId, RuntimeSpec
+from tests.engine.reference import MODEL_PATH, greedy
+from tests.engine.system import System
+from tests.engine.test_tokens import long_prompt
+
+LAUNCH = """
+import sys
+from prism_sgl.config import load
+from prism_sgl.launch.supervisor import Programs, run
+sys.exit(run(load(sys.argv[2]), programs=Programs(standby="tests.engine.programs.host_that_waits")))
+"""
+CONFIG = """
+[server]
+port = {port}
+run_dir = "{folder}/run"
+log_dir = "{folder}/logs"
+drain_timeout = "2s"
+[[devices]]
+name = "host0"
+kind = "host"
+memory = "1120MiB"
+[models.chat]
+path = "{path}"
+preload = false
+max_kv = "64MiB"
+[models.chat.engine_args]
+context_length = 512
+dtype = "float32"
+max_running_requests = 16
+"""
+SPEC = RuntimeSpec(
+    runtime=RuntimeId("chat@host0.1"),
+    model="chat",
+    path="/none",
+    device="host0",
+    device_kind="host",
+    device_index=0,
+    ledger_path="/none",
+    run_dir="/none",
+    floor_bytes=0,
+    ceiling_bytes=0,
+    priority=0,
+    block_tokens=1,
+    kv_page_bytes=1 << 21,
+    weights_page_bytes=1 << 21,
+    engine_args={},
+    env={},
+    log_path="",
+)
+
+
+@pytest.fixture
+def waiting_system(tmp_path: Path) -> Iterator[System]:
+    if not (MODEL_PATH / "config.json").exists():
+        pytest.fail("no SmolLM2; run `make model`")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "models.toml"
+    config.write_text(CONFIG.format(port=port, folder=tmp_path, path=MODEL_PATH))
+    running = System(config, tmp_path / "run", tmp_path / "logs", port, program=("-c", LAUNCH))
+    try:
+        yield running
+    finally:
+        processes = running.processes()
+        code = running.stop()
+    assert code == 0, "\n".join(running.lines)
+    assert not [line for pid, line in processes.items() if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(480)  # three processes import, on two cores; then a start; then the next three begin
+def test_processes_that_waited_become_the_runtime(waiting_system: System) -> None:
+    system = waiting_system
+    system.wait_line("standby-host0: imports")
+    before = set(system.processes())
+    prompt = long_prompt(300, 20)
+    answer = system.generate("chat", prompt, 8)
+    assert answer["output_ids"] == greedy(tuple(prompt), 8)
+
+    pids = system.runtime_pids("chat")
+    assert pids["scheduler"] != pids["worker"]
+    members = session_members(pids["worker"])
+    assert set(members) <= before  # worker, scheduler, detokenizer, mp's resource tracker: none started since
+    assert len(members) == 4
+    chat_log = next(system.log_dir.glob("*chat*")).read_text()
+    standby_log = (system.log_dir / "standby-host0.log").read_text()
+    assert f"imports of {pids['worker']}: worker" in standby_log
+    assert "Available plugins" not in chat_log
+    assert "scheduler_e2e" in chat_log  # its children log there too, since they know whose they are
+    phases = [line.split(": ", 1)[1] for line in system.lines if "] chat@host0." in line]
+    assert [phase.split(" ")[0] for phase in phases] == ["starts", "imports", "engine", "ready"]
+    assert phases[1] == "imports 0.0 s"  # what the spec had to wait for them
+
+    # SGLang still finds out when one of its processes is gone.
+    os.kill(pids["scheduler"], signal.SIGKILL)
+    assert "chat@host0." in system.wait_line(": ended (exit code 1")
+    assert not session_members(pids["worker"])
+
+
+# -- early children by themselves
+
+
+def nothing() -> None:
+    """Imports that take no time."""
+
+
+def failing() -> None:
+    raise ImportError("no module named flash")
+
+
+def vanishing() -> None:
+    os._exit(7)
+
+
+def report(word: str, pipe_writer: Connection) -> None:
+    print("printed by the child", flush=True)
+    pipe_writer.send((word, os.environ["SET_AT_THE_CALL"], multiprocessing.parent_process().pid))  # type: ignore[union-attr]
+
+
+def test_child_runs_its_function_with_our_environment_and_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = EarlyChild("scheduler", nothing)
+    assert child.wait_ready() >= 0
+    spec = msgspec.structs.replace(SPEC, log_path=str(tmp_path / "chat.log"))
+    monkeypatch.setenv(SPEC_VARIABLE, msgspec.json.encode(spec).decode())
+    monkeypatch.setenv("SET_AT_THE_CALL", "yes")
+    child.call(report, {"word": "hello"}, reports_as="pipe_writer")
+    assert child.connection.recv() == ("hello", "yes", os.getpid())
+    child.process.join()
+    assert child.process.exitcode == 0
+    assert "printed by the child" in (tmp_path / "chat.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (failing, "detokenizer: ImportError: no module named flash"),
+        (vanishing, "detokenizer: ended with exit code 7"),
+    ],
+)
+def test_child_that_cannot_import_says_why(prepare, words: str) -> None:  # type: ignore[no-untyped-def]
+    child = EarlyChild("detokenizer", prepare)
+    with pytest.raises(EarlyChildError, match=words):
+        child.wait_ready()
+    child.process.join()
+
+
+def test_child_that_nobody_calls_ends_with_its_parent() -> None:
+    child = EarlyChild("scheduler", nothing)
+    child.wait_ready()
+    child.connection.close()
+    child.process.join()
+    assert child.process.exitcode == 0
