@@ -42,8 +42,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kv_page_bytes: int = 2 << 20  # key kv_page
-    weights_page_bytes: int = 2 << 20  # key weights_page
+    kv_page_bytes: int = 2 << 20  # key kv_page; 64 MiB with a CUDA device, where costs are per page
+    weights_page_bytes: int = 2 << 20  # key weights_page; likewise
     host_cache_bytes: int = 0  # key host_cache: cap of all weight images; 0: half of the host's memory
 
 
@@ -99,9 +99,9 @@ def load(path: str | Path) -> Config:
     raw = read_toml(Path(path).expanduser(), file)
     root = Table(file, "", raw, [*keys_of(Config)][:-1])
     server = _server(_section(root, "server", ServerConfig))
-    memory = _memory(_section(root, "memory", MemoryConfig))
     scheduler = _scheduler(_section(root, "scheduler", SchedulerConfig))
     devices = _devices(root)
+    memory = _memory(_section(root, "memory", MemoryConfig), devices)
     models = _models(root)
     config = Config(
         server=server, memory=memory, scheduler=scheduler, devices=devices, models=models, file=file
@@ -158,8 +158,10 @@ def _server(table: Table) -> ServerConfig:
     )
 
 
-def _memory(table: Table) -> MemoryConfig:
+def _memory(table: Table, devices: tuple[DeviceConfig, ...]) -> MemoryConfig:
     default = MemoryConfig()
+    if any(device.kind == "cuda" for device in devices):
+        default = MemoryConfig(kv_page_bytes=_CUDA_PAGE_BYTES, weights_page_bytes=_CUDA_PAGE_BYTES)
     return MemoryConfig(
         kv_page_bytes=table.page_size("kv_page", default.kv_page_bytes),
         weights_page_bytes=table.page_size("weights_page", default.weights_page_bytes),
@@ -222,6 +224,7 @@ def _models(root: Table) -> dict[str, ModelConfig]:
 
 
 # Not keys of the file: the table's name, and what model_files.py reads.
+_CUDA_PAGE_BYTES = 64 << 20
 _NOT_KEYS = frozenset({"name", "weights", "kv_bytes_per_token", "context_tokens"})
 _SLO_KEYS = ("ttft_ms", "tpot_ms")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -100,7 +100,8 @@ def check_fit(config: Config) -> None:
             _fail(
                 config,
                 f"models.{model.name}",
-                f"needs {show_size(needed)} ({show_size(model.weights_bytes)} of them weights), more than "
+                f"needs {show_size(needed)} ({show_size(model.weights_bytes)} of them weights, and KV for a request "
+                f"of {model.context_tokens} tokens), more than "
                 f"the {show_size(largest.memory_bytes)} of {largest.name}",
                 "give a device more memory, or lower engine_args.context_length or min_kv",
             )
@@ -134,7 +135,8 @@ def least_bytes(config: Config, model: ModelConfig) -> int:
         page_bytes=memory.kv_page_bytes,
     )
     floor = max(one, round_up(model.min_kv_bytes, memory.kv_page_bytes))
-    return footprint.weights_bytes(model.weights_bytes, memory.weights_page_bytes) + floor
+    overhead = footprint.overhead_bytes(device.kind for device in allowed_devices(config, model))
+    return footprint.weights_bytes(model.weights_bytes, memory.weights_page_bytes) + floor + overhead
 
 
 def _check_kv(config: Config, model: ModelConfig) -> None:

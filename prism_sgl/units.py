@@ -59,5 +59,10 @@ def round_up(size_bytes: int, unit_bytes: int) -> int:
     return -(-size_bytes // unit_bytes) * unit_bytes
 
 
+def granules(size_bytes: int) -> int:
+    """As many granules as these bytes need."""
+    return -(-size_bytes // GRANULE_BYTES)
+
+
 def round_down(size_bytes: int, unit_bytes: int) -> int:
     return size_bytes // unit_bytes * unit_bytes

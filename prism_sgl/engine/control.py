@@ -29,12 +29,12 @@ class SchedulerControl:
         self._socket: Any = get_zmq_socket(self._context, zmq.DEALER, rpc_ipc_name, True)
         self._one_at_a_time = asyncio.Lock()
 
-    async def sleep(self) -> float:
+    async def sleep(self, *, keep_weights: bool) -> float:
         """Seconds it took. Raises SchedulerCallError when requests are in the engine."""
         began = time.perf_counter()
         while True:
             try:
-                await self._call("prism_sleep")
+                await self._call("prism_sleep", keep_weights=keep_weights)
             except SchedulerCallError as refusal:
                 if time.perf_counter() - began > _BUSY_TIMEOUT_S or "in the engine" not in str(refusal):
                     raise
@@ -45,7 +45,7 @@ class SchedulerControl:
     async def wake(self, timeout_s: float) -> float:
         """Seconds it took. Raises SchedulerCallError, its text beginning with "shortage" if memory was short."""
         began = time.perf_counter()
-        await self._call("prism_wake", timeout_s=timeout_s)
+        await self._call("prism_wake", timeout_s=timeout_s, wait=False)
         return time.perf_counter() - began
 
     async def set_quota(self, floor_bytes: int, ceiling_bytes: int) -> None:

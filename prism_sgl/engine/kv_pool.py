@@ -8,7 +8,6 @@ with ``stride(0) = entry``; SGLang's readers and writers take it as it is (facts
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any
 
@@ -18,12 +17,6 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_nat
 from prism_sgl.allocator.elastic_pool import ElasticPool
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.errors import UnsupportedModelError
-
-
-def bytes_at(address: int, size_bytes: int) -> torch.Tensor:
-    """A uint8 tensor ``[size_bytes]`` over raw memory that somebody else owns (nothing is touched)."""
-    buffer = (ctypes.c_char * size_bytes).from_address(address)
-    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 class TokenMajorKVPool(MHATokenToKVPool):
@@ -36,7 +29,7 @@ class TokenMajorKVPool(MHATokenToKVPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("quant_method") is not None:
-            raise UnsupportedModelError("a quantised KV cache has no elastic pool yet; drop kv_cache_dtype")
+            raise UnsupportedModelError("a 4-bit KV cache has no elastic pool yet; drop kv_cache_dtype")
         kwargs["post_capture_active"] = False
         super().__init__(*args, **kwargs)
 
@@ -48,10 +41,11 @@ class TokenMajorKVPool(MHATokenToKVPool):
         k_width, v_width = self.head_num * self.head_dim, self.head_num * self.v_head_dim
         rows = self.size + self.page_size
         entry_bytes = self.layer_num * (k_width + v_width) * self.store_dtype.itemsize
-        self.elastic = RuntimeMemory.current().open_kv(
+        memory = RuntimeMemory.current()
+        self.elastic = memory.open_kv(
             block_bytes=entry_bytes * self.page_size, num_blocks=math.ceil(rows / self.page_size)
         )
-        raw = bytes_at(self.elastic.vmm.base, rows * entry_bytes).view(self.store_dtype)
+        raw = memory.device.bytes_at(self.elastic.vmm.base, rows * entry_bytes).view(self.store_dtype)
         entries = raw.view(rows, self.layer_num, k_width + v_width)
         self.k_buffer = [
             entries[:, layer, :k_width].unflatten(-1, (self.head_num, self.head_dim))

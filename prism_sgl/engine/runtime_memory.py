@@ -19,14 +19,17 @@ from prism_sgl.allocator.elastic_pool import ElasticPool
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner
 from prism_sgl.allocator.page_pool import PagePool
 from prism_sgl.allocator.vmm import GRANULE_BYTES, Vmm
-from prism_sgl.allocator.vmm_host import HostArena
 from prism_sgl.allocator.weights import WeightsArena
+from prism_sgl.engine.device import open_device
 from prism_sgl.engine.first_tokens import FirstTokenTeller
+from prism_sgl.engine.overhead import Overhead
 from prism_sgl.engine.spec import current_spec
-from prism_sgl.errors import PrismError, UnsupportedModelError
+from prism_sgl.errors import PrismError
 from prism_sgl.messages import RuntimeSpec
+from prism_sgl.units import granules
 
 if TYPE_CHECKING:
+    from prism_sgl.engine.arrival import Arrival
     from prism_sgl.engine.safe_point import SafePoint
 
 log = logging.getLogger(__name__)
@@ -43,10 +46,6 @@ class ShortageError(PrismError):
     """Memory did not come within the time given. The caller undoes its step; nothing is broken."""
 
 
-def granules(size_bytes: int) -> int:
-    return math.ceil(size_bytes / GRANULE_BYTES)
-
-
 class RuntimeMemory:
     """Owner of the ledger slot and of both arenas of this process, and what else its hooks share."""
 
@@ -54,6 +53,7 @@ class RuntimeMemory:
 
     def __init__(self, spec: RuntimeSpec) -> None:
         self.spec = spec
+        self.device = open_device(spec.device_kind)
         self.ledger = Ledger.open(spec.ledger_path)
         self.bell = Doorbell(addresses.doorbell(spec.run_dir, os.getpid()))
         self.owner: Owner = self.ledger.join(
@@ -65,6 +65,8 @@ class RuntimeMemory:
         )
         self.kv: ElasticPool | None = None
         self.weights: WeightsArena | None = None
+        self.arrival: Arrival | None = None  # set with the weights
+        self.overhead = Overhead(self)
         self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
         self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)
 
@@ -78,18 +80,24 @@ class RuntimeMemory:
     def kv_ceiling_bytes(self) -> int:
         """The most KV that this runtime may ever hold: the size of its reserved range."""
         budget_bytes = self.ledger.budget * GRANULE_BYTES
-        room = budget_bytes - self.owner.held(Kind.WEIGHTS) * GRANULE_BYTES
+        beside = self.owner.held(Kind.WEIGHTS) + self.owner.held(Kind.OVERHEAD)
+        room = budget_bytes - beside * GRANULE_BYTES
         return min(self.spec.ceiling_bytes or budget_bytes, room)
 
-    def arena(self, name: str, size_bytes: int, page_bytes: int) -> Vmm:
-        """Reserve an address range on this runtime's device; nothing is mapped."""
-        if self.spec.device_kind != "host":
-            raise UnsupportedModelError("devices of kind 'cuda' are not built yet; use kind = \"host\"")
-        return HostArena(f"{self.spec.runtime}:{name}", math.ceil(size_bytes / page_bytes), page_bytes)
+    def pages_bytes(self) -> int:
+        """What the arenas of this process hold now."""
+        return sum(part.vmm.held_bytes for part in (self.kv, self.weights) if part is not None)
+
+    def weights_arena(self, size_bytes: int) -> Vmm:
+        """Reserve the range of the weights; nothing is mapped. Whoever maps its pages fills them."""
+        return self.device.arena(
+            f"{self.spec.runtime}:weights", size_bytes, self.spec.weights_page_bytes, zeroed=False
+        )
 
     def open_kv(self, *, block_bytes: int, num_blocks: int) -> ElasticPool:
         """The KV arena, with the padding block's page mapped (kv_pool.py)."""
-        vmm = self.arena("kv", block_bytes * num_blocks, self.spec.kv_page_bytes)
+        size_bytes = block_bytes * num_blocks
+        vmm = self.device.arena(f"{self.spec.runtime}:kv", size_bytes, self.spec.kv_page_bytes, zeroed=True)
         pages = PagePool(
             num_pages=vmm.num_pages, page_bytes=vmm.page_bytes, block_bytes=block_bytes, num_blocks=num_blocks
         )
@@ -120,7 +128,7 @@ class RuntimeMemory:
 
     def ask_neighbours(self, wanted: int) -> None:
         """Post reclaim targets for ``wanted`` granules, after what dead owners left has been taken back."""
-        self.ledger.reap(None)
+        self.ledger.reap(self.device.free_granules())
         missing = wanted - self.ledger.totals().free
         if missing > 0:
             posted = self.owner.post_targets(missing, TARGET_DEADLINE_S)

@@ -20,8 +20,9 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from prism_sgl.allocator.ledger import Kind, Target
 from prism_sgl.allocator.vmm import GRANULE_BYTES
 from prism_sgl.engine.page_eviction import evict_pages
-from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory, granules
+from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
+from prism_sgl.units import granules
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class SafePoint:
         self.memory = memory
         self.allocator: ElasticAllocator = scheduler.token_to_kv_pool_allocator
         self.tree = scheduler.tree_cache
+        self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._asked_at = -math.inf
         self._tried_at = -math.inf
 
@@ -49,6 +51,12 @@ class SafePoint:
         # A ring that nobody takes would keep the idle engine's poll from ever sleeping.
         self.memory.bell.drain()
         self._answer_target(running_batch)
+        if self.asleep:
+            return original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
+        if self.memory.arrival is not None:
+            self.memory.arrival.look()
+        self.memory.overhead.look()
+        self.allocator.tidy()
         short = self._grow_for_work(running_batch)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
         if plan.batch_to_run is None and self.scheduler.waiting_queue and short:
@@ -136,6 +144,9 @@ class SafePoint:
         target = self.memory.owner.target()
         if target is None:
             return
+        if self.asleep:
+            self._give_weights_to(target)
+            return
         given, lost = self._give_back_to(target, running_batch)
         if given:
             log.info(
@@ -146,6 +157,19 @@ class SafePoint:
             )
         if self._excess_pages(target) <= 0:
             self.memory.owner.answer_target(target.seq)
+
+    def _give_weights_to(self, target: Target) -> None:
+        """A sleeper's neighbours need memory: as many of its last pages as they ask for."""
+        weights = self.memory.weights
+        assert weights is not None
+        excess = self.memory.owner.held(Kind.WEIGHTS) - target.granules
+        given = weights.give_back(math.ceil(excess * GRANULE_BYTES / weights.vmm.page_bytes))
+        log.info(
+            "reclaim: gave %d MiB of sleeping weights back, keeps %d MiB",
+            given * weights.vmm.page_bytes >> 20,
+            weights.vmm.mapped_bytes >> 20,
+        )
+        self.memory.owner.answer_target(target.seq)
 
     def _give_back_to(self, target: Target, running_batch: Any) -> tuple[int, int]:
         """(pages given, cached tokens lost) on the way down to the target: empty pages, prefix cache, requests."""

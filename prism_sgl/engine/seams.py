@@ -17,11 +17,15 @@ from typing import Any
 
 import msgspec
 import zmq
+from sglang.srt.model_executor.model_runner import EagerRunner
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from prism_sgl.engine import sleep_wake
-from prism_sgl.engine.runtime_memory import RuntimeMemory
-from prism_sgl.engine.support import refuse_unsupported_model
+from prism_sgl.engine.image_client import ImageMemory
+from prism_sgl.engine.kv_pool import TokenMajorKVPool
+from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
+from prism_sgl.engine.slots import build_allocator
+from prism_sgl.engine.support import refuse_other_pools, refuse_unsupported_model
 from prism_sgl.engine.weights_loading import hold_weights
 from prism_sgl.errors import SeamError
 
@@ -57,12 +61,46 @@ def _token_info(result: Any, observer: Any) -> Any:
     )
 
 
+def _build_pool(original: Callable[..., Any], configurator: Any, *, sizes: Any, **rest: Any) -> Any:
+    """Whatever pool SGLang would choose (kv_cache_configurator.py:839): ours, or none."""
+    refuse_other_pools(configurator, RuntimeMemory.current().spec.model, **rest)
+    return configurator._build_mha_kv_pool(
+        max_total_num_tokens=sizes.max_total_num_tokens, mha_pool_class=TokenMajorKVPool
+    )
+
+
+def _build_allocator(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
+    return build_allocator(
+        kwargs["sizes"].max_total_num_tokens,
+        page_size=configurator.pool_page_size,
+        dtype=configurator.kv_cache_dtype,
+        device=configurator.device,
+        kvcache=kwargs["token_to_kv_pool"],
+    )
+
+
 def _load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    spec = RuntimeMemory.current().spec
-    refuse_unsupported_model(kwargs["model_config"], spec.model)
-    loaded = original(*args, **kwargs)
-    hold_weights(loaded.model, kwargs["server_args"])
+    memory = RuntimeMemory.current()
+    refuse_unsupported_model(kwargs["model_config"], memory.spec.model)
+    # SGLang loads into memory of its own; what it will take is leased before, and page by page becomes the arena's.
+    if not memory.overhead.settle(memory.spec.weights_bytes, START_TIMEOUT_S):
+        raise ShortageError(f"{memory.spec.model}: no room to load on {memory.spec.device}")
+    image_memory = ImageMemory(memory.spec.model, memory.spec.weights_bytes)
+    try:
+        loaded = original(*args, **kwargs)
+        hold_weights(loaded.model, kwargs["server_args"], image_memory)
+    finally:
+        image_memory.close()
     return loaded
+
+
+def _forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    arrival = RuntimeMemory.current().arrival
+    if arrival is not None and arrival.under_way:
+        graphs = runner.prefill_cuda_graph_runner
+        eager = forward_batch.forward_mode.is_extend() and (graphs is None or isinstance(graphs, EagerRunner))
+        arrival.before_pass(eager=eager)
+    return original(runner, forward_batch, *args, **kwargs)
 
 
 def _next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
@@ -112,6 +150,25 @@ SEAMS: tuple[Seam, ...] = (
         _profile_available_bytes,
         ("self", "pre_model_load_memory"),
     ),
+    Seam(
+        f"{_CONFIGURATOR}._build_token_to_kv_pool",
+        HookType.AROUND,
+        _build_pool,
+        ("self", "sizes", "is_dsa_model", "is_dsv4_model", "req_to_token_pool"),
+    ),
+    Seam(
+        f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator",
+        HookType.AROUND,
+        _build_allocator,
+        (
+            "self",
+            "sizes",
+            "token_to_kv_pool",
+            "is_dsv4_model",
+            "req_to_token_pool",
+            "token_to_kv_pool_allocator",
+        ),
+    ),
     Seam(f"{_OBSERVER}._get_token_info", HookType.AFTER, _token_info, ("self",)),
     Seam(
         f"{_LOADING}.load_model_with_memory_saver",
@@ -125,6 +182,19 @@ SEAMS: tuple[Seam, ...] = (
             "gpu_id",
             "memory_saver_adapter",
             "is_draft_worker",
+        ),
+    ),
+    Seam(
+        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        HookType.AROUND,
+        _forward,
+        (
+            "self",
+            "forward_batch",
+            "skip_attn_backend_init",
+            "pp_proxy_tensors",
+            "reinit_attn_backend",
+            "split_forward_count",
         ),
     ),
     Seam(
@@ -146,6 +216,26 @@ SEAMS: tuple[Seam, ...] = (
 
 # Methods of SGLang that we call and that are not public, with their parameters.
 CALLED: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.scheduler.run_scheduler_process": (
+        "server_args",
+        "port_args",
+        "gpu_id",
+        "tp_rank",
+        "attn_cp_rank",
+        "moe_dp_rank",
+        "moe_ep_rank",
+        "pp_rank",
+        "dp_rank",
+        "pipe_writer",
+        "display_tp_rank",
+        "display_dp_rank",
+        "display_moe_ep_rank",
+    ),
+    "sglang.srt.entrypoints.engine._wait_for_scheduler_ready": (
+        "scheduler_pipe_readers",
+        "scheduler_procs",
+    ),
+    f"{_CONFIGURATOR}._build_mha_kv_pool": ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": ("self", "key", "child", "split_len"),
     "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf": ("self", "node"),
     "sglang.srt.mem_cache.radix_cache.RadixCache._record_remove_event": ("self", "node", "medium"),

@@ -13,10 +13,12 @@ from typing import Any
 from prism_sgl import footprint
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
-from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError, granules
+from prism_sgl.engine.overhead import prefill_bytes
+from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError
 from prism_sgl.engine.safe_point import SafePoint
 from prism_sgl.errors import PrismError
 from prism_sgl.messages import RuntimeFacts, RuntimeState
+from prism_sgl.units import granules
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,10 @@ def bind(scheduler: Any) -> RuntimeFacts:
     ceiling = granules(pool.vmm.size_bytes)
     floor = min(floor, ceiling)
     memory.owner.set_quota(floor, ceiling)
+    memory.device.trim()
+    memory.overhead.settle(0)
+    asleep = memory.owner.held(Kind.OVERHEAD)
+    memory.overhead.settle(_allowance_bytes(scheduler))
     if not point.ensure_usable(scheduler.max_req_len):
         raise ShortageError(f"{memory.spec.model}: no room for min_kv on {memory.spec.device}")
     _rest(memory, RuntimeState.AWAKE)
@@ -57,7 +63,15 @@ def bind(scheduler: Any) -> RuntimeFacts:
         ceiling_bytes=ceiling * GRANULE_BYTES,
         max_running_requests=scheduler.max_running_requests,
         block_tokens=point.allocator.page_size,
+        awake_overhead_bytes=(memory.owner.held(Kind.OVERHEAD) - asleep) * GRANULE_BYTES,
     )
+
+
+def _allowance_bytes(scheduler: Any) -> int:
+    """What passes will take beside pages when there are requests."""
+    chunk = scheduler.server_args.chunked_prefill_size
+    tokens = chunk if chunk and chunk > 0 else scheduler.max_req_len
+    return prefill_bytes(scheduler.model_config, min(tokens, scheduler.max_req_len))
 
 
 def _rest(memory: RuntimeMemory, state: RuntimeState) -> None:
@@ -72,56 +86,85 @@ def _complete() -> tuple[RuntimeMemory, SafePoint]:
     return memory, memory.safe_point
 
 
-def prism_sleep(scheduler: Any) -> None:
-    """Drop KV and prefix cache, unmap the weights; they stay in the image.
+def prism_sleep(scheduler: Any, keep_weights: bool) -> None:
+    """Drop KV and prefix cache; the weights stay in the image.
+
+    ``keep_weights``: those on the device stay too, until neighbours ask for their pages, so that waking costs only
+    what was taken. Else all is unmapped at once.
 
     Raises:
         BusyError: requests are in the engine. Nothing has changed.
     """
     memory, point = _complete()
-    if memory.weights is None or not memory.weights.mapped:
-        return
-    if not scheduler.is_fully_idle():
-        raise BusyError("requests are in the engine")
+    assert memory.weights is not None
     began = time.perf_counter()
-    given_bytes = point.allocator.elastic.mapped_bytes + memory.weights.vmm.size_bytes
-    scheduler.flush_cache(empty_cache=False)
-    point.allocator.drop_all()
-    memory.weights.sleep()
+    given_bytes = memory.pages_bytes()
+    if not point.asleep:
+        if not scheduler.is_fully_idle():
+            raise BusyError("requests are in the engine")
+        scheduler.flush_cache(empty_cache=False)
+        # Unmapping is not ordered by streams: nothing may be under way, nor the surplus step of an overlapped turn.
+        memory.device.synchronize()
+        if memory.arrival is not None:
+            memory.arrival.wait()
+        point.allocator.drop_all()
+        point.asleep = True
+        memory.device.trim()
+        memory.overhead.settle(0, 0.0)
+    if not keep_weights:
+        memory.weights.sleep()
     _rest(memory, RuntimeState.ASLEEP)
-    log.info("sleep: gave back %d MiB in %.3f s", given_bytes >> 20, time.perf_counter() - began)
+    given_bytes -= memory.pages_bytes()
+    log.info(
+        "sleep: gave back %d MiB in %.3f s; beside pages %s",
+        given_bytes >> 20,
+        time.perf_counter() - began,
+        memory.overhead,
+    )
 
 
-def prism_wake(scheduler: Any, timeout_s: float) -> None:
-    """Reserve, map and copy the weights in, then the floor of KV.
+def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
+    """Reserve, map and copy in what is missing of the weights, then the floor of KV.
+
+    ``wait`` until the copies are done; else passes wait for them on the card (arrival.py).
 
     Raises:
         ShortageError: memory did not come in ``timeout_s``. Everything taken has been given back.
     """
     memory, point = _complete()
-    weights = memory.weights
-    assert weights is not None
-    if weights.mapped:
+    weights, arrival = memory.weights, memory.arrival
+    assert weights is not None and arrival is not None
+    if not point.asleep:
         return
     began = time.perf_counter()
+    missing_bytes = weights.missing_bytes
     memory.owner.set_state(RuntimeState.WAKING)
-    if memory.insist(weights.wake, weights.vmm.size_bytes, timeout_s) is None:
+    if memory.insist(weights.wake, missing_bytes, timeout_s) is None:
         _rest(memory, RuntimeState.ASLEEP)
-        raise ShortageError(f"shortage: no room for {weights.vmm.size_bytes >> 20} MiB of weights")
-    copied = time.perf_counter()
+        raise ShortageError(f"shortage: no room for {missing_bytes >> 20} MiB of weights")
+    if missing_bytes:
+        arrival.begin()
+    mapped = time.perf_counter()
     page_bytes = point.allocator.elastic.pages.page_bytes
     if memory.insist(point.allocator.reopen, page_bytes, timeout_s) is None:
-        weights.sleep()
+        arrival.wait()
         _rest(memory, RuntimeState.ASLEEP)
         raise ShortageError("shortage: no room for the first page of KV")
+    point.asleep = False
+    memory.overhead.settle(_allowance_bytes(scheduler), 0.0)
     # The rest of the floor comes with the first request's safe points; what is free is taken now, at once.
     point.grow(scheduler.max_req_len)
+    kv_mapped = time.perf_counter()
+    if wait:
+        arrival.wait()
     _rest(memory, RuntimeState.AWAKE)
     log.info(
-        "wake: weights in %.3f s, %d MiB of KV in %.3f s more",
-        copied - began,
+        "wake: %d MiB of weights mapped in %.4f s, %d MiB of KV in %.4f s, waited %.3f s for the copy",
+        missing_bytes >> 20,
+        mapped - began,
         point.allocator.elastic.mapped_bytes >> 20,
-        time.perf_counter() - copied,
+        kv_mapped - mapped,
+        time.perf_counter() - kv_mapped,
     )
 
 

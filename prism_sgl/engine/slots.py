@@ -86,11 +86,9 @@ class ElasticBlocks:
     def add_blocks(self, ranges: Sequence[range]) -> None:
         """Pages were mapped: these blocks are usable now."""
         self._mark_usable(ranges, True)
-        new = [np.arange(r.start, r.stop, dtype=np.int64) for r in ranges]
-        fresh = np.concatenate(new) if new else np.empty(0, dtype=np.int64)
-        fresh = fresh[fresh > 0]
-        merged = torch.cat((self.free_pages, torch.from_numpy(fresh).to(self.device)))
-        self.free_pages, _ = torch.sort(merged)
+        # Made on the device: a copy to it would queue behind the weights of a model that wakes.
+        fresh = [torch.arange(max(r.start, 1), r.stop, dtype=torch.int64, device=self.device) for r in ranges]
+        self.free_pages, _ = torch.sort(torch.cat((self.free_pages, *fresh)))
 
     def tidy(self) -> None:
         """Sort released blocks back when they have become many, so that low pages are filled first."""
@@ -235,9 +233,9 @@ ElasticAllocator = ElasticTokenAllocator | ElasticPagedAllocator
 
 
 def build_allocator(
-    size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool
+    size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: Any
 ) -> ElasticAllocator:
-    """What ``get_paged_allocator_cls`` must answer (kv_cache_configurator.py:1470), for either block size."""
+    """The allocator for either block size, in the place of SGLang's (kv_cache_configurator.py:1456)."""
     if page_size == 1:
         return ElasticTokenAllocator(size, dtype, device, kvcache)
     return ElasticPagedAllocator(size, page_size, dtype, device, kvcache)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.configs.model_config import is_minimax_sparse
+from sglang.srt.utils.common import is_float4_e2m1fn_x2
+
 from prism_sgl.errors import UnsupportedModelError
 
 # (ServerArgs field, values that are fine, what to say)
@@ -19,13 +22,25 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("enable_memory_saver", (False,), "torch_memory_saver: sleep and wake are ours"),
     ("weight_cache_mode", ("off",), "SGLang's weight cache daemon: images are ours"),
     ("enable_unified_memory", (False,), "SGLang's unified memory pool"),
-    ("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "a KV cache of another type than the model's"),
+    (
+        "kv_cache_dtype",
+        ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        "a KV cache with scales of its own",
+    ),
+    ("enable_page_major_kv_layout", (False,), "SGLang's page-major layout: ours is token-major"),
+    ("prefill_only_disable_kv_cache", (False,), "an engine without a KV cache"),
+    ("enable_hisparse", (False,), "sparse host caches"),
     ("tokenizer_worker_num", (1,), "several tokenizer workers: the app runs inside our worker"),
 )
 
 
 def refuse_unsupported_options(server_args: Any, model: str) -> None:
     """Raises UnsupportedModelError naming the model, the option and the reason."""
+    dtype = getattr(server_args, "kv_cache_dtype", "auto")
+    if getattr(server_args, "device", "cuda") == "cpu" and dtype.startswith("fp8"):
+        raise UnsupportedModelError(
+            f"{model}: engine_args.kv_cache_dtype = {dtype!r} needs a device of kind cuda"
+        )
     for option, fine, reason in _REFUSED_OPTIONS:
         value = getattr(server_args, option, fine[0])
         if value not in fine:
@@ -37,8 +52,7 @@ def refuse_unsupported_options(server_args: Any, model: str) -> None:
 def refuse_unsupported_model(model_config: Any, model: str) -> None:
     """Raises UnsupportedModelError for attention kinds without an elastic pool.
 
-    Must be asked before pools are built: SGLang's out-of-tree path would give a sliding-window model a plain
-    MHA pool in silence (kv_cache_configurator.py:868).
+    Asked before anything is loaded. What the model's configuration does not show, ``refuse_other_pools`` sees.
     """
     architecture = (model_config.hf_config.architectures or ["?"])[0]
     kinds = {
@@ -53,6 +67,26 @@ def refuse_unsupported_model(model_config: Any, model: str) -> None:
                 f"{model}: {architecture} has {kind}, which has no elastic pool yet; "
                 "serve a model with plain MHA or GQA attention"
             )
+
+
+def refuse_other_pools(
+    configurator: Any, model: str, *, is_dsa_model: bool, is_dsv4_model: bool, req_to_token_pool: Any
+) -> None:
+    """Raises UnsupportedModelError where SGLang would build another pool than plain MHA (its own order of tests)."""
+    other = {
+        "DeepSeek V4's pool": is_dsv4_model,
+        "sparse attention (DSA)": is_dsa_model,
+        "multi-head latent attention (MLA)": configurator.use_mla_backend,
+        "sliding-window attention": configurator.is_hybrid_swa,
+        "linear or hybrid attention": configurator.mambaish_config,
+        "MiniMax's sparse attention": is_minimax_sparse(configurator.model_config.hf_config),
+        "a 4-bit KV cache": is_float4_e2m1fn_x2(configurator.kv_cache_dtype),
+        "an MXFP8 KV cache": configurator.kv_cache_dtype_str == "mxfp8",
+        "a KV cache sized after capture": configurator.post_capture_kv_active,
+    }
+    for kind, present in other.items():
+        if present:
+            raise UnsupportedModelError(f"{model}: {kind} has no elastic pool yet; serve a model without it")
 
 
 def _is_hybrid_linear(model_config: Any) -> bool:

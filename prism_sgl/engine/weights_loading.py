@@ -1,27 +1,29 @@
-"""After SGLang has loaded a model: refuse what cannot run elastically, move its weights into the arena."""
+"""After SGLang has loaded a model: move its weights into the arena, and keep their image in the store."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from prism_sgl.allocator.weights import Layout, WeightsArena
-from prism_sgl.engine.image_client import fetch_image, image_key
-from prism_sgl.engine.kv_pool import bytes_at
+from prism_sgl.engine.arrival import Arrival
+from prism_sgl.engine.image_client import ImageMemory, fetch_image, image_key
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.tensors import StorageGroup, move_storage, weight_storages
 
 log = logging.getLogger(__name__)
 
+# The model moves in steps of this size, so that no more than this is held twice.
+_STEP_BYTES = 1 << 30
 
-def hold_weights(model: torch.nn.Module, server_args: Any) -> None:
+
+def hold_weights(model: torch.nn.Module, server_args: Any, image_memory: ImageMemory) -> None:
     """Lay the model's parameters out in this runtime's arena, and keep their image in the store.
-
-    Peak: the engine's own copy stands beside the arena until each storage is rebound, one by one.
 
     Raises:
         ShortageError: the budget had no room within the start timeout.
@@ -30,15 +32,11 @@ def hold_weights(model: torch.nn.Module, server_args: Any) -> None:
     spec = memory.spec
     groups = weight_storages(model)
     layout = Layout.plan([group.nbytes for group in groups])
-    vmm = memory.arena("weights", layout.total_bytes, spec.weights_page_bytes)
-    arena = WeightsArena(vmm, memory.owner)
-    if memory.insist(arena.materialise, vmm.size_bytes, START_TIMEOUT_S) is None:
-        raise ShortageError(
-            f"{spec.model}: no room for {vmm.size_bytes >> 20} MiB of weights on {spec.device} "
-            f"within {START_TIMEOUT_S:.0f} s"
-        )
+    vmm = memory.weights_arena(layout.total_bytes)
+    arena = memory.weights = WeightsArena(vmm, memory.owner)
     began = time.perf_counter()
-    _move(groups, layout, vmm.base)
+    _move(memory, arena, groups, layout)
+    moved = time.perf_counter()
     key = image_key(
         spec.path,
         dtype=str(server_args.dtype),
@@ -46,25 +44,46 @@ def hold_weights(model: torch.nn.Module, server_args: Any) -> None:
         rank=0,
         sizes_bytes=[group.nbytes for group in groups],
     )
-    arena.adopt(
-        fetch_image(spec.run_dir, key, vmm.size_bytes, spec.model, lambda view: _copy_out(vmm.base, view))
+    image = fetch_image(
+        spec.run_dir, key, vmm.size_bytes, spec.model, image_memory, lambda view: vmm.copy_out(0, view)
     )
-    memory.weights = arena
+    copied = time.perf_counter()
+    arena.adopt(image)
+    memory.arrival = Arrival(model, vmm)
     log.info(
-        "%s: %d storages, %.1f MiB, in the arena and its image in %.2f s",
+        "%s: %d storages, %.1f MiB, in the arena in %.2f s, image in %.2f s, page-locked in %.2f s",
         spec.model,
         len(groups),
         layout.total_bytes / 2**20,
-        time.perf_counter() - began,
+        moved - began,
+        copied - moved,
+        time.perf_counter() - copied,
     )
 
 
-def _move(groups: list[StorageGroup], layout: Layout, base: int) -> None:
-    for group, offset in zip(groups, layout.offsets, strict=True):
-        move_storage(group, bytes_at(base + offset, group.nbytes))
+def _move(memory: RuntimeMemory, arena: WeightsArena, groups: list[StorageGroup], layout: Layout) -> None:
+    """Storage by storage into the arena; what the engine's own copies held goes back step by step."""
+    base = arena.vmm.base
+    for step in _steps(layout):
+        end = layout.total_bytes if step.stop == len(groups) else layout.offsets[step.stop]
+        if memory.insist(partial(arena.materialise, end), _STEP_BYTES, START_TIMEOUT_S) is None:
+            raise ShortageError(
+                f"{memory.spec.model}: no room for {arena.vmm.size_bytes >> 20} MiB of weights on "
+                f"{memory.spec.device} within {START_TIMEOUT_S:.0f} s"
+            )
+        for index in step:
+            group = groups[index]
+            move_storage(group, memory.device.bytes_at(base + layout.offsets[index], group.nbytes))
+        memory.device.synchronize()
+        memory.device.trim()
+        memory.overhead.settle(0)
 
 
-def _copy_out(base: int, view: memoryview) -> None:
-    target = (ctypes.c_char * len(view)).from_buffer(view)
-    ctypes.memmove(target, base, len(view))
-    del target  # the export must end before the view can be released
+def _steps(layout: Layout) -> Iterator[range]:
+    """Neighbouring storages of about ``_STEP_BYTES`` together."""
+    start = 0
+    for index, offset in enumerate(layout.offsets):
+        if offset - layout.offsets[start] >= _STEP_BYTES:
+            yield range(start, index)
+            start = index
+    yield range(start, len(layout.offsets))

@@ -190,10 +190,10 @@ class Activation:
         for name in room.drain:
             self._turns[name] = wanting.name
             why = f"{wish} and has waited its time"
-            self._lifecycle.drain(self._fleet.models[name], now, why)
+            self._lifecycle.drain(self._fleet.models[name], now, why, keep_weights=True)
 
     def _sleep(self, name: str, why: str, now: float) -> None:
-        self._lifecycle.drain(self._fleet.models[name], now, why)
+        self._lifecycle.drain(self._fleet.models[name], now, why, keep_weights=True)
 
     def _call_off_turns(self, now: float) -> None:
         for victim, wanting in list(self._turns.items()):

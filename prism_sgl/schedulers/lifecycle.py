@@ -87,8 +87,12 @@ class Lifecycle:
         self._fleet.move(model, WAKING, now, why)
         self._send_wake(model, now)
 
-    def drain(self, model: Model, now: float, why: str) -> None:
-        """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is."""
+    def drain(self, model: Model, now: float, why: str, *, keep_weights: bool = False) -> None:
+        """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is.
+
+        ``keep_weights`` where neighbours want the room: they take what they need of it (messages.Sleep).
+        """
+        model.runtime.keep_weights = keep_weights
         self._fleet.move(model, DRAINING, now, why)
         self.sleep_if_drained(model, now)
 
@@ -109,7 +113,9 @@ class Lifecycle:
     def _send_sleep(self, model: Model, now: float) -> None:
         assert model.runtime.id is not None
         model.runtime.sleep_sent_at = now
-        self._out.runtime(model.runtime.id, Sleep(runtime=model.runtime.id))
+        self._out.runtime(
+            model.runtime.id, Sleep(runtime=model.runtime.id, keep_weights=model.runtime.keep_weights)
+        )
 
     def _send_wake(self, model: Model, now: float) -> None:
         assert model.runtime.id is not None

@@ -92,6 +92,7 @@ class Runtime:
     ready_since: float = math.inf
     heard_at: float = 0.0
     sleep_sent_at: float | None = None
+    keep_weights: bool = False  # what its next Sleep says
     wake_sent_at: float | None = None
     wanted_since: float | None = None  # it takes more KV than it gets since then
     weights_bytes: int = 0
@@ -185,7 +186,8 @@ class Fleet:
         return least_bytes(self._config, model.config)
 
     def asleep_bytes(self, model: Model) -> int:
-        return model.facts.overhead_bytes if model.facts is not None else 0
+        facts = model.facts
+        return 0 if facts is None else facts.overhead_bytes - facts.awake_overhead_bytes
 
     def weights_bytes(self, model: Model) -> int:
         return model.facts.weights_bytes if model.facts is not None else model.config.weights_bytes

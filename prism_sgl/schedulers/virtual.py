@@ -143,7 +143,9 @@ class VirtualRuntime:
             busy = SleepRefused(runtime=self.id, reason="a request came in")
             self._world.from_runtime(self.id, busy)
         else:
-            self.state, self.held_bytes = RuntimeState.ASLEEP, self._facts.overhead_bytes
+            facts = self._facts
+            self.state = RuntimeState.ASLEEP
+            self.held_bytes = facts.overhead_bytes - facts.awake_overhead_bytes
             self._world.from_runtime(self.id, Slept(runtime=self.id, seconds=self._world.costs.sleep_s))
         self._obey()
 

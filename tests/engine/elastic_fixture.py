@@ -74,7 +74,6 @@ def make_elastic(
         dtype=torch.float16,
         device="cpu",
         kvcache=KvCache(pool),
-        need_sort=False,
     )
     tree = RadixCache.create_simulated(mock_allocator=allocator, page_size=block_tokens)
     return Elastic(ledger, owner, pool, allocator, tree)

@@ -19,7 +19,7 @@ from prism_sgl.errors import UnsupportedModelError
         ("enable_hierarchical_cache", True),
         ("disaggregation_mode", "prefill"),
         ("enable_memory_saver", True),
-        ("kv_cache_dtype", "fp8_e5m2"),
+        ("kv_cache_dtype", "fp4_e2m1"),
     ],
 )
 def test_an_unsupported_option_is_named(option: str, value: object) -> None:
@@ -29,6 +29,12 @@ def test_an_unsupported_option_is_named(option: str, value: object) -> None:
 
 def test_plain_options_pass() -> None:
     refuse_unsupported_options(SimpleNamespace(tp_size=1, enable_lora=None, kv_cache_dtype="auto"), "chat")
+    refuse_unsupported_options(SimpleNamespace(device="cuda", kv_cache_dtype="fp8_e4m3"), "chat")
+
+
+def test_fp8_kv_needs_a_card() -> None:
+    with pytest.raises(UnsupportedModelError, match="needs a device of kind cuda"):
+        refuse_unsupported_options(SimpleNamespace(device="cpu", kv_cache_dtype="fp8_e4m3"), "chat")
 
 
 def model(**fields: object) -> SimpleNamespace:

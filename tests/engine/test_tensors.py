@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from prism_sgl.allocator.ledger import Kind, Ledger
-from prism_sgl.allocator.vmm_host import HostArena
 from prism_sgl.allocator.weights import Image, Layout, WeightsArena
-from prism_sgl.engine.kv_pool import bytes_at
+from prism_sgl.engine.device import HostDevice
 from prism_sgl.engine.tensors import move_storage, weight_storages
 
 PAGE = 2 << 20
@@ -45,11 +44,12 @@ def test_aliases_follow_and_waking_restores_every_bit(tmp_path: Path) -> None:
     with Ledger.open(path) as ledger:
         owner = ledger.join("unit", floor=0, ceiling=8, priority=0, bell="")
         layout = Layout.plan([g.nbytes for g in groups])
-        vmm = HostArena("unit:weights", -(-layout.total_bytes // PAGE), PAGE)
+        device = HostDevice()
+        vmm = device.arena("unit:weights", layout.total_bytes, PAGE, zeroed=False)
         arena = WeightsArena(vmm, owner)
         assert arena.materialise()
         for group, offset in zip(groups, layout.offsets, strict=True):
-            move_storage(group, bytes_at(vmm.base + offset, group.nbytes))
+            move_storage(group, device.bytes_at(vmm.base + offset, group.nbytes))
         assert torch.equal(model(ids), before)
         inside = range(vmm.base, vmm.base + vmm.size_bytes)
         assert all(p.data_ptr() in inside for p in model.parameters())
@@ -58,7 +58,7 @@ def test_aliases_follow_and_waking_restores_every_bit(tmp_path: Path) -> None:
         assert model.table.data_ptr() not in inside
         image = Image.create("unit", vmm.size_bytes)
         with image.writable_view() as view:
-            view[: layout.total_bytes] = bytes_at(vmm.base, layout.total_bytes).numpy().tobytes()
+            vmm.copy_out(0, view)
         image.seal()
         arena.adopt(image)
         for _ in range(2):
