@@ -1,0 +1,67 @@
+"""Children that load or ask the card without an engine: link speed, a bare context, mapping without pause."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.gpu.engine_process import Handler, process_tree
+
+
+class CardHandler(Handler):
+    """Verbs: ``context``, ``hold``, ``link``, ``churn``."""
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+
+    def do_context(self) -> list[int]:
+        """Make a CUDA context with one tensor in it, and keep it; returns the process ids."""
+        import torch
+
+        self._held.append(torch.zeros(1, device="cuda"))
+        torch.cuda.synchronize()
+        return process_tree()
+
+    def do_hold(self, size_bytes: int) -> None:
+        """Take so much of the card away from everybody else, until the process ends."""
+        import torch
+
+        self._held.append(torch.empty(size_bytes, dtype=torch.uint8, device="cuda"))
+        torch.cuda.synchronize()
+
+    def do_link(self, mib: int = 1024, copies: int = 24) -> list[float]:
+        """Bytes a second of each copy from page-locked host memory to the card, whole block at once."""
+        import torch
+
+        source = torch.empty(mib << 20, dtype=torch.uint8, pin_memory=True)
+        source.fill_(7)
+        target = torch.empty(mib << 20, dtype=torch.uint8, device="cuda")
+        rates = []
+        for number in range(copies + 2):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            if number >= 2:
+                rates.append((mib << 20) / (time.perf_counter() - began))
+        del source, target
+        torch.cuda.empty_cache()
+        return rates
+
+    def do_churn(self, page_bytes: int, total_bytes: int, seconds: float) -> dict[str, float]:
+        """Map and unmap so many bytes without pause, as the product does it; returns cycles and GiB a second."""
+        from prism_sgl.allocator.vmm_cuda import CudaArena
+
+        num_pages = total_bytes // page_bytes
+        arena = CudaArena("churn", num_pages, page_bytes, zeroed=False)
+        cycles = 0
+        began = time.perf_counter()
+        try:
+            while time.perf_counter() - began < seconds:
+                arena.map([range(num_pages)])
+                arena.unmap([range(num_pages)])
+                cycles += 1
+            spent = time.perf_counter() - began
+        finally:
+            arena.close()
+        return {"cycles": cycles, "seconds": spent, "cycles_per_s": cycles / spent}

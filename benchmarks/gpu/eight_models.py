@@ -1,0 +1,200 @@
+"""examples/h100.toml from outside: eight models that do not fit together, 400 requests over HTTP, nothing lost.
+
+    python -m benchmarks.gpu.eight_models [--requests 400] [--extra KEY=VALUE ...]
+
+Makes the models, starts ``python -m prism_sgl.launch``, asks every model each of its questions while the others are
+left alone, then asks all models at once, one question at a time each, so that batches are the same and greedy
+tokens must be too. Needs a card with 45 GiB free and 16 cores; 5 minutes, of which the start is 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.gpu.harness import bounded, open_results, say
+from benchmarks.gpu.results import ROOT
+from demo.random_model import write_model
+
+CONFIG = ROOT / "examples/h100.toml"
+GEOMETRIES = {"large": "llama8b", "medium": "llama3b", "small": "llama1b"}
+NEW_TOKENS = 16
+URL = "http://127.0.0.1:30000"
+
+
+class System:
+    """The launcher, and what it printed."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "prism_sgl.launch", "--config", str(config)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+
+    def wait_ready(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while "curl " not in self.text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"it did not become ready:\n{self.text()[-6000:]}")
+            time.sleep(0.2)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def question(model: str, number: int) -> list[int]:
+    """Token ids: 20 to 600, of which no two questions share a beginning."""
+    chosen = random.Random(f"{model} {number}")
+    return [number + 300, *chosen.choices(range(1000, 100000), k=chosen.randint(20, 600))]
+
+
+async def ask(client: httpx.AsyncClient, model: str, number: int) -> tuple[list[int], float]:
+    """(tokens, seconds); raises on any other answer than 200."""
+    began = time.monotonic()
+    reply = await client.post(
+        f"/m/{model}/generate",
+        json={
+            "input_ids": question(model, number),
+            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        },
+    )
+    reply.raise_for_status()
+    answer: dict[str, Any] = reply.json()
+    return answer["output_ids"], time.monotonic() - began
+
+
+async def run(models: list[str], per_model: int) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=URL, timeout=120, limits=limits) as client:
+        alone: dict[tuple[str, int], list[int]] = {}
+        for model in models:
+            for number in range(per_model):
+                alone[model, number], _ = await ask(client, model, number)
+            (
+                await client.post(f"/api/v1/models/{model}/sleep")
+            ).raise_for_status()  # no prefix is cached any more
+        say(f"{len(alone)} answers of each model alone")
+        lost: list[str] = []
+        wrong: list[str] = []
+        seconds: list[float] = []
+
+        async def client_of(model: str) -> None:
+            order = list(range(per_model))
+            random.Random(model).shuffle(order)
+            pause = random.Random(f"{model} pauses")
+            for number in order:
+                await asyncio.sleep(pause.expovariate(10))
+                try:
+                    tokens, took = await ask(client, model, number)
+                except httpx.HTTPError as error:
+                    lost.append(f"{model} {number}: {error!r}")
+                    continue
+                seconds.append(took)
+                if tokens != alone[model, number]:
+                    wrong.append(f"{model} {number}")
+
+        before = sleeps((await client.get("/metrics")).text)
+        began = time.monotonic()
+        await asyncio.gather(*(client_of(model) for model in models))
+        wall_s = time.monotonic() - began
+        metrics = (await client.get("/metrics")).text
+    (Path(os.environ.get("OUT", "/tmp")) / "eight_models.metrics.txt").write_text(metrics)
+    return {
+        "lost": lost,
+        "wrong": wrong,
+        "seconds": sorted(seconds),
+        "wall_s": wall_s,
+        "slept": {model: count - before.get(model, 0) for model, count in sleeps(metrics).items()},
+    }
+
+
+def sleeps(metrics: str) -> dict[str, int]:
+    """How often each model went to sleep so far."""
+    found = re.findall(r'^prism_model_sleeps_total\{model="([^"]+)"\} (\S+)', metrics, re.M)
+    return {model: int(float(count)) for model, count in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--extra", nargs="*", default=[], help="engine_args for every model, as TOML")
+    parser.add_argument("--seconds", type=float, default=560.0, help="give up after so long")
+    arguments = parser.parse_args()
+    out = Path(os.environ.get("OUT", "/tmp"))
+    text = CONFIG.read_text()
+    for extra in arguments.extra:  # for machines that lack something, such as an index for a kernel's sources
+        text = text.replace("chunked_prefill_size", f"{extra}, chunked_prefill_size")
+    config = out / "h100.toml"
+    config.write_text(text)
+    models = re.findall(r"^\[models\.(\S+)\]", text, re.M)
+    with bounded(arguments.seconds):
+        for model in models:
+            write_model(GEOMETRIES[model.split("-")[0]], Path("/dev/shm/models") / model)
+        results = open_results("eight_models")
+        began = time.monotonic()
+        system = System(config, out / "eight_models.log")
+        try:
+            system.wait_ready(400)
+            start_s = time.monotonic() - began
+            say(f"ready after {start_s:.0f} s")
+            seen = asyncio.run(run(models, arguments.requests // len(models)))
+        finally:
+            system.stop()
+        answered = len(seen["seconds"])
+        results.add("start of eight models", ours=start_s, peer=None, unit="s")
+        results.add(
+            f"answered of {arguments.requests}",
+            ours=answered,
+            peer=None,
+            unit="requests",
+            target=str(arguments.requests),
+            met=not seen["lost"],
+        )
+        results.add(
+            "answers that differ from the model alone",
+            ours=len(seen["wrong"]),
+            peer=None,
+            unit="requests",
+            target="0",
+            met=not seen["wrong"],
+        )
+        results.add(
+            "models that slept",
+            ours=sum(1 for n in seen["slept"].values() if n),
+            peer=None,
+            unit="models",
+            target=str(len(models)),
+            met=all(seen["slept"].values()),
+        )
+        results.add("seconds of all requests together", ours=seen["wall_s"], peer=None, unit="s")
+        results.add("median seconds of a request", ours=seen["seconds"][answered // 2], peer=None, unit="s")
+        results.add("99th percentile", ours=seen["seconds"][int(answered * 0.99)], peer=None, unit="s")
+        say(f"lost {seen['lost'][:5]} wrong {seen['wrong'][:5]} slept {seen['slept']}")
+
+
+if __name__ == "__main__":
+    main()

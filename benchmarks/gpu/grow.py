@@ -1,0 +1,387 @@
+"""What growing, giving back and allocating cost: our arena and slots against stock SGLang and kvcached's way.
+
+    python -m benchmarks.gpu.grow [--quick]
+
+No engine and no model; one process, through ``CudaArena``, ``ElasticPool`` and ``ElasticTokenAllocator``. Device time:
+about 1.5 minutes, half of them SGLang's imports. Needs 20 GiB of card memory.
+
+kvcached's way is what its 0.1.6 does for an 8B of 32 layers, with the same driver calls from the same process, page by
+page, no batching (facts/kvcached.md section 2): to grow, unmap the zero page, create, map, set access; to give back,
+synchronise the device, unmap, release, and map the zero page again. A granule is 128 MiB: by default one "compound"
+page each, without contiguous layout 64 pages of 2 MiB. kvcached itself does it in C++, so its calls are the same but
+the Python around ours is more; the calls are what counts (10 to 30 us each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.gpu.harness import GIB, MIB, bounded, open_results, say
+from benchmarks.gpu.results import Results
+
+PAGE_SIZES_MIB = (2, 16, 32, 64, 128)
+GRANULE_BYTES = 128 * MIB  # kvcached's, 32 layers
+TOKEN_BYTES = 128 * 1024  # of an 8B
+OUR_PAGE_MIB = 64
+STEPS_AT_ONCE = 50
+
+
+def median_ms(action: Callable[[], None], after: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """(median ms of ``action``, of ``after``), which undoes it."""
+    forth, back = [], []
+    for number in range(rounds + 2):
+        began = time.perf_counter()
+        action()
+        middle = time.perf_counter()
+        after()
+        end = time.perf_counter()
+        if number >= 2:
+            forth.append((middle - began) * 1e3)
+            back.append((end - middle) * 1e3)
+    return statistics.median(forth), statistics.median(back)
+
+
+def stock_alloc(results: Results, rounds: int) -> tuple[float, float]:
+    """cudaMalloc and cudaFree of 1 GiB, through torch."""
+    import torch
+
+    held: list[torch.Tensor] = []
+
+    def grow() -> None:
+        held.append(torch.empty(GIB, dtype=torch.uint8, device="cuda"))
+
+    def give_back() -> None:
+        held.clear()
+        torch.cuda.empty_cache()
+
+    times = median_ms(grow, give_back, rounds)
+    results.add("stock: cudaMalloc of 1 GiB (torch.empty)", None, times[0], "ms/GiB")
+    results.add("stock: cudaFree of 1 GiB (empty_cache)", None, times[1], "ms/GiB")
+    return times
+
+
+def kvcached_way(page_bytes: int, rounds: int) -> tuple[float, float]:
+    """(grow, give back) 1 GiB as kvcached does it, in pages of this size."""
+    import torch
+
+    from prism_sgl.allocator.cuda_calls import CudaCalls
+
+    calls = CudaCalls(0)
+    num_pages = GIB // page_bytes
+    base = calls.reserve(GIB)
+    zero = calls.create(page_bytes)
+    addresses = [base + number * page_bytes for number in range(num_pages)]
+    handles: dict[int, int] = {}
+
+    def alias(address: int) -> None:
+        calls.map(address, page_bytes, zero)
+        calls.allow_access(address, page_bytes)
+
+    def grow() -> None:
+        for address in addresses:
+            calls.unmap(address, page_bytes)
+            handles[address] = calls.create(page_bytes)
+            calls.map(address, page_bytes, handles[address])
+            calls.allow_access(address, page_bytes)
+
+    def give_back() -> None:
+        per_granule = max(1, GRANULE_BYTES // page_bytes)
+        for number, address in enumerate(addresses):
+            if number % per_granule == 0:
+                torch.cuda.synchronize()
+            calls.unmap(address, page_bytes)
+            calls.release(handles.pop(address))
+            alias(address)
+
+    for address in addresses:
+        alias(address)
+    try:
+        return median_ms(grow, give_back, rounds)
+    finally:
+        for address in addresses:
+            calls.unmap(address, page_bytes)
+        for handle in handles.values():
+            calls.release(handle)
+        calls.release(zero)
+        calls.free_addresses(base, GIB)
+
+
+def arena_times(page_mib: int, rounds: int, *, zeroed: bool) -> tuple[float, float]:
+    """(map, unmap) 1 GiB somewhere inside an arena of 16 GiB."""
+    from prism_sgl.allocator.vmm_cuda import CudaArena
+
+    page_bytes = page_mib * MIB
+    per_gib = GIB // page_bytes
+    arena = CudaArena("grow", 16 * per_gib, page_bytes, zeroed=zeroed)
+    run = [range(3 * per_gib, 4 * per_gib)]
+    try:
+        return median_ms(lambda: arena.map(run), lambda: arena.unmap(run), rounds)
+    finally:
+        arena.close()
+
+
+def measure_mapping(results: Results, rounds: int) -> None:
+    from prism_sgl.allocator.cuda_calls import CudaCalls
+    from prism_sgl.allocator.vmm_cuda import gives_zeroed_memory
+
+    scrubbed = gives_zeroed_memory(CudaCalls(0), 2 * MIB)
+    results.add("the driver scrubs memory before it is given out again", float(scrubbed), None, "")
+    stock = (0.0, 0.0)
+    with results.attempt("stock"):
+        stock = stock_alloc(results, rounds)
+    kvcached: dict[str, tuple[float, float]] = {}
+    for name, page_bytes in (("compound pages of 128 MiB", GRANULE_BYTES), ("64 pages of 2 MiB", 2 * MIB)):
+        with results.attempt(f"kvcached's way, {name}"):
+            kvcached[name] = kvcached_way(page_bytes, max(3, rounds // 3))
+            say(f"kvcached's way, {name}: {kvcached[name]} ms/GiB")
+    for page_mib in PAGE_SIZES_MIB:
+        with results.attempt(f"pages of {page_mib} MiB"):
+            few = max(3, rounds // 3) if page_mib == 2 else rounds
+            mapped, unmapped = arena_times(page_mib, few, zeroed=not scrubbed)
+            filled, _ = arena_times(page_mib, few, zeroed=True)
+            ours = page_mib == OUR_PAGE_MIB
+            for what, value, peer, target in (
+                ("grow", mapped, stock[0], "< 1 ms/GiB"),
+                ("give back", unmapped, stock[1], "< 1 ms/GiB"),
+            ):
+                results.add(
+                    f"{what} 1 GiB, pages of {page_mib} MiB, against stock's cudaMalloc or cudaFree",
+                    value,
+                    peer or None,
+                    "ms/GiB",
+                    target=target if ours else "",
+                    met=value < 1 if ours else None,
+                    note=f"as the product does it; {filled:.3f} ms with filling by zeros"
+                    if what == "grow"
+                    else "",
+                )
+            if ours:
+                for name, (grow_ms, give_ms) in kvcached.items():
+                    for what, value, peer in (("grow", mapped, grow_ms), ("give back", unmapped, give_ms)):
+                        results.add(
+                            f"{what} 1 GiB, against kvcached's way, {name}",
+                            value,
+                            peer,
+                            "ms/GiB",
+                            target=">= 10x",
+                            met=peer >= 10 * value,
+                            note=f"{peer / value:.1f} times; its calls made by us, not kvcached itself",
+                        )
+
+
+def build_elastic(folder: str, size_bytes: int) -> tuple[Any, Any]:
+    """(allocator with all blocks usable, its pool)"""
+    import torch
+
+    from prism_sgl.allocator.elastic_pool import ElasticPool
+    from prism_sgl.allocator.ledger import Ledger
+    from prism_sgl.allocator.page_pool import PagePool
+    from prism_sgl.allocator.vmm_cuda import CudaArena
+    from prism_sgl.engine.slots import ElasticTokenAllocator
+
+    ledger = Ledger.create(f"{folder}/ledger", 2 * size_bytes, "gpu0")
+    owner = ledger.join("grow", floor=0, ceiling=ledger.budget, priority=0, bell="")
+    page_bytes = OUR_PAGE_MIB * MIB
+    num_pages = size_bytes // page_bytes
+    arena = CudaArena("slots", num_pages, page_bytes, zeroed=False)
+    pages = PagePool(
+        num_pages=num_pages,
+        page_bytes=page_bytes,
+        block_bytes=TOKEN_BYTES,
+        num_blocks=size_bytes // TOKEN_BYTES,
+    )
+    pool = ElasticPool(arena, owner, pages)
+    assert pool.open() is not None
+    allocator = ElasticTokenAllocator(
+        size_bytes // TOKEN_BYTES - 1, torch.bfloat16, "cuda", SimpleNamespace(elastic=pool)
+    )
+    floor_bytes = pool.mapped_bytes
+    allocator.add_blocks(pool.grow_up_to(num_pages))
+    return allocator, SimpleNamespace(pool=pool, arena=arena, floor_bytes=floor_bytes, page_bytes=page_bytes)
+
+
+def steps_us(allocator: Any, batch: int, steps: int) -> float:
+    """Host time of one decode step's allocator work: what is free, alloc of a slot a request, free of an old step's."""
+    import torch
+
+    held = [allocator.alloc(batch) for _ in range(64)]
+    gc.collect()
+    gc.disable()
+    spent = 0.0
+    for start in range(0, steps, STEPS_AT_ONCE):
+        torch.cuda.synchronize()  # in an engine a forward pass lies between two steps: the queue never fills
+        began = time.perf_counter()
+        for number in range(start, start + STEPS_AT_ONCE):
+            allocator.available_size()
+            held.append(allocator.alloc(batch))
+            allocator.free(held[number])
+            held[number] = None
+        spent += time.perf_counter() - began
+    gc.enable()
+    for slots in held:
+        if slots is not None:
+            allocator.free(slots)
+    torch.cuda.synchronize()
+    return spent / steps * 1e6
+
+
+def runs_without_sync(allocator: Any) -> str:
+    """ "" if thousands of steady-state steps never make the host wait for the card, else what did."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        held = []
+        for number in range(4000):
+            held.append(allocator.alloc(32))
+            if number >= 64:
+                allocator.free(held[number - 64])
+                held[number - 64] = None
+        for slots in held:
+            if slots is not None:
+                allocator.free(slots)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def busy_card(milliseconds: float) -> None:
+    """A kernel that keeps the card busy for about so long."""
+    import torch
+
+    torch.cuda._sleep(int(milliseconds * 1e-3 * 1.7e9))
+
+
+def while_busy_us(action: Callable[[], object], prepare: Callable[[], object], rounds: int) -> float:
+    """Median us that the host spends in ``action`` while a kernel of 20 ms runs."""
+    import torch
+
+    times = []
+    for _ in range(rounds):
+        prepare()
+        torch.cuda.synchronize()
+        busy_card(20)
+        began = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - began) * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def measure_slots(results: Results, rounds: int, folder: str) -> None:
+    import torch
+
+    say("importing SGLang's allocators")
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    ours, parts = build_elastic(folder, 8 * GIB)
+    stock = TokenToKVPoolAllocator(8 * GIB // TOKEN_BYTES - 1, torch.bfloat16, "cuda", None, need_sort=False)
+    steps = 300 * rounds
+    for batch in (1, 32, 256):
+        with results.attempt(f"alloc and free, batch {batch}"):
+            mine: list[float] = []
+            theirs: list[float] = []
+            for turn in range(7):
+                pair = [(mine, ours), (theirs, stock)]
+                for times, allocator in pair if turn % 2 else pair[::-1]:
+                    times.append(steps_us(allocator, batch, steps))
+            results.add(
+                f"alloc and free a step, batch {batch}",
+                statistics.median(mine[1:]),
+                statistics.median(theirs[1:]),
+                "us",
+            )
+    with results.attempt("no sync in the steady state"):
+        reason = runs_without_sync(ours)
+        results.add(
+            "steps without any wait for the card (4000, sync_debug_mode error)",
+            float(not reason),
+            float(not runs_without_sync(stock)),
+            "",
+            target="1",
+            met=not reason,
+            note=reason,
+        )
+    with results.attempt("free while a kernel runs"):
+        slots: list[Any] = []
+        our_us = while_busy_us(
+            lambda: ours.free(slots.pop()), lambda: slots.append(ours.alloc(4096).clone()), rounds
+        )
+        stock_us = while_busy_us(
+            lambda: stock.free(slots.pop()), lambda: slots.append(stock.alloc(4096).clone()), rounds
+        )
+        ids = torch.arange(4096, device="cuda")
+        peer = while_busy_us(lambda: ids.cpu().tolist(), lambda: None, rounds)
+        results.add(
+            "free() of 4096 slots while a kernel of 20 ms runs, against stock", our_us, stock_us, "us"
+        )
+        results.add(
+            "free() of 4096 slots while a kernel of 20 ms runs, against kvcached's way",
+            our_us,
+            peer,
+            "us",
+            target=">= 10x",
+            met=peer >= 10 * our_us,
+            note="its free() begins with free_index.cpu().tolist(), which waits for the card",
+        )
+    with results.attempt("unmapping while a kernel runs"):
+        pool = parts.pool
+        last = parts.arena.num_pages
+        per_gib = GIB // parts.page_bytes
+        ours.drop_pages(range(last - per_gib, last))
+        arena, run = parts.arena, [range(last - per_gib, last)]
+        unmapped = while_busy_us(lambda: arena.unmap(run), lambda: arena.map(run), rounds)
+        mapped = while_busy_us(lambda: arena.map(run), lambda: None, 1)
+        arena.unmap(run)
+        results.add("unmap 1 GiB while a kernel of 20 ms runs on other memory", unmapped / 1e3, None, "ms")
+        results.add("map 1 GiB while a kernel of 20 ms runs on other memory", mapped / 1e3, None, "ms")
+        assert pool.mapped_bytes == arena.mapped_bytes
+    with results.attempt("idle floor"):
+        ours.drop_pages(page for page in ours.empty_pages() if not parts.pool.pages.is_pinned(page))
+        results.add(
+            "KV that an idle engine cannot give back",
+            parts.pool.mapped_bytes / MIB,
+            896,
+            "MiB",
+            note="peer: arithmetic from kvcached's code for an 8B, zero page + null page + 5 parked granules of "
+            "128 MiB (up to 10: 1,536), before its 16k cached tokens (2,048 MiB)",
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    results = open_results("grow")
+    rounds = 6 if args.quick else 20
+    import torch
+
+    torch.zeros(1, device="cuda")
+    with results.attempt("mapping"):
+        measure_mapping(results, rounds)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, results.attempt("slots"):
+        Path(folder).chmod(0o700)
+        measure_slots(results, rounds, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a third of the rounds")
+    parser.add_argument("--limit", type=float, default=200, help="seconds, then what is measured is kept")
+    args = parser.parse_args()
+    with bounded(args.limit):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Decode speed of engine A while a neighbour maps and unmaps, or wakes and sleeps, without pause.
+
+    python -m benchmarks.gpu.neighbours [--quick] [--rounds 6]
+
+A is an 8B of ours that decodes 32 requests. In each round it does so undisturbed and beside each of: a process that
+maps and unmaps 8 GiB in pages of 64 MiB, of 2 MiB, and an 8B of ours that wakes and sleeps; in turn, so that the card's
+mood hits all alike. Decode speed is tokens a second of the batch, from the median time per token, prefill left out.
+Device time: about 2.5 minutes with the model in /dev/shm (80 s of them start-up); needs 55 GiB of card memory. The
+target is a loss under 5 %; the probe of 2026-11-24 measured 9, 1 and 4 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.gpu.engine_process import Ask
+from benchmarks.gpu.harness import (
+    GIB,
+    MIB,
+    SLEEP,
+    WAKE_AND_WAIT,
+    Card,
+    Child,
+    Engine,
+    bounded,
+    ensure_models,
+    open_results,
+    say,
+)
+from benchmarks.gpu.stats import ratio_of_pairs
+
+BATCH, PROMPT, NEW = 32, 64, 200
+CHURN_BYTES = 8 * GIB
+LEAD_S = 0.3  # the neighbour is well under way before A starts
+
+
+@dataclass
+class Load:
+    """What goes on beside A."""
+
+    what: str
+    child: Child
+    begin: Callable[[float], None]
+    limit: float = 0.05
+
+
+def churn(child: Child, page_bytes: int) -> Callable[[float], None]:
+    return lambda seconds: child.send(
+        "churn", page_bytes=page_bytes, total_bytes=CHURN_BYTES, seconds=seconds
+    )
+
+
+def decode_rate(engine: Engine, seed: int) -> float:
+    burst = engine.burst([Ask(seed + n, PROMPT, NEW) for n in range(BATCH)])
+    if burst.errors:
+        raise RuntimeError(f"a request failed: {burst.errors[0]}")
+    return BATCH / statistics.median(burst.tpots_s)
+
+
+def run(args: argparse.Namespace) -> None:
+    results = open_results("neighbours")
+    (model,) = ensure_models("llama8b")
+    flags = {"context_length": 2048, "max_running_requests": BATCH, "cuda_graph_max_bs_decode": BATCH}
+    with Card(48 * GIB) as card:
+        one = card.ours("one", model, ceiling_bytes=6 * GIB, **flags)
+        other = card.ours("other", model, ceiling_bytes=GIB, **flags)
+        churner = card.child("churner")
+        one.wait()
+        cycle = [SLEEP, WAKE_AND_WAIT]
+        loads = [
+            Load("maps and unmaps 8 GiB in 64 MiB pages", churner, churn(churner, 64 * MIB)),
+            Load("maps and unmaps 8 GiB in 2 MiB pages", churner, churn(churner, 2 * MIB)),
+            Load(
+                "an 8B wakes and sleeps",
+                other,
+                lambda seconds: other.send("cycle", actions=cycle, seconds=seconds),
+            ),
+        ]
+        with results.attempt("start of the engine that wakes"):
+            other.wait()
+            other.act(SLEEP)
+        if not other.is_ready:
+            loads.pop()
+        for warm in range(2):
+            rate = decode_rate(one, 10_000 * (warm + 1))
+        busy_s = BATCH * NEW / rate + 0.5  # a burst and its prefill, with room for being slowed down
+        quiet: dict[str, list[float]] = {load.what: [] for load in loads}
+        beside: dict[str, list[float]] = {load.what: [] for load in loads}
+        pace: dict[str, list[float]] = {load.what: [] for load in loads}
+        seed = 100_000
+        for number in range(args.rounds):
+            for load in loads:
+                with results.attempt(f"round {number}, {load.what}"):
+                    alone = decode_rate(one, seed)
+                    began = time.monotonic()
+                    load.begin(LEAD_S + busy_s)
+                    try:
+                        time.sleep(LEAD_S)
+                        disturbed = decode_rate(one, seed + 1000)
+                    finally:
+                        ended = load.child.receive()
+                    quiet[load.what].append(alone)
+                    beside[load.what].append(disturbed)
+                    pace[load.what].append(ended["cycles"] / (time.monotonic() - began))
+                    say(
+                        f"round {number}: alone {alone:.0f}, beside {disturbed:.0f} tokens/s "
+                        f"({load.what}, {ended['cycles']} times)"
+                    )
+                    seed += 2000
+        for load in loads:
+            with results.attempt(load.what):
+                ratio = ratio_of_pairs(beside[load.what], quiet[load.what])
+                results.add(
+                    f"decode of A while a neighbour {load.what}",
+                    statistics.mean(beside[load.what]),
+                    statistics.mean(quiet[load.what]),
+                    "tokens/s",
+                    ratio=ratio,
+                    target="loss < 5 %",
+                    met=1 - ratio.value < load.limit,
+                    note=f"loss {1 - ratio.value:.1%}; {statistics.mean(pace[load.what]):.1f} times a second, "
+                    f"{len(beside[load.what])} pairs; peer: A undisturbed",
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--limit", type=float, default=270, help="seconds, then what is measured is kept")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = 2
+    with bounded(args.limit):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Sleep and wake of an 8B and a 1B against the link's speed and SGLang's own release/resume_memory_occupation.
+
+    python -m benchmarks.gpu.wake [--quick] [--cycles 5] [--no-peers]
+
+Four engines start at once on one card: ours 8B and 1B in one ledger, plain SGLang 8B with torch_memory_saver and CPU
+backup, by default and with TMS_RETAIN_CPU_BACKUP=1. Each is measured while the others are idle. Device time: about
+3 minutes with the models in /dev/shm (100 s of them start-up), 2 without peers. Needs 75 GiB of card memory, 70 GiB of
+host memory, and of the product: ``prism_sleep(keep_weights)``, ``prism_wake(timeout_s, wait)``
+and the log lines of both and of loading.
+
+Times are of the engine's own call in its own process: an rpc to the scheduler, less an rpc that does nothing. "First
+token" counts from the begin of the wake to the first streamed token of a request sent right after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+
+from benchmarks.gpu.engine_process import Ask
+from benchmarks.gpu.harness import (
+    EMPTY_RPC,
+    GIB,
+    SLEEP,
+    SLEEP_KEEPING_WEIGHTS,
+    WAKE,
+    WAKE_AND_WAIT,
+    Action,
+    Card,
+    Child,
+    Engine,
+    Neighbour,
+    bounded,
+    ensure_models,
+    open_results,
+    say,
+)
+from benchmarks.gpu.results import Results
+
+FLAGS = {
+    "max_total_tokens": 4096,
+    "context_length": 2048,
+    "max_running_requests": 16,
+    "cuda_graph_max_bs_decode": 8,
+}
+QUESTIONS = [Ask(seed=1, tokens=6, new_tokens=16), Ask(2, 50, 16), Ask(3, 400, 16)]
+RELEASE: Action = {"name": "release_memory_occupation"}
+RESUME: Action = {"name": "resume_memory_occupation"}
+# What the scheduler's log says, prism_sgl/engine/weights_loading.py and arrival.py.
+LOADED = r"storages, ([\d.]+) MiB.* image in ([\d.]+) s, page-locked in ([\d.]+) s"
+COPIED = r"wake: all weights are there after ([\d.]+) s"
+MAPPED = r"wake: (\d+) MiB of weights mapped in ([\d.]+) s"
+
+
+@dataclass
+class Times:
+    """Seconds."""
+
+    sleeps: list[float] = field(default_factory=list)
+    wakes: list[float] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    first_sleep_s: float | None = None  # all that the first sleep costs beyond loading, wherever it is done
+    same_tokens: bool = True
+
+    def median(self, name: str) -> float:
+        values: list[float] = getattr(self, name)
+        return statistics.median(values)
+
+
+def link_rate(probe: Child, results: Results, when: str) -> float:
+    rates: list[float] = probe.receive(120)
+    median = statistics.median(rates)
+    results.add(f"link: host to card, page-locked, 1 GiB at once, {when}", median / 1e9, None, "GB/s")
+    return median
+
+
+def measure_cycles(engine: Engine, sleep: Action, wake: Action, cycles: int, empty_s: float) -> Times:
+    times = Times()
+    engine.burst(QUESTIONS, keep_ids=True)
+    before = engine.burst(QUESTIONS, keep_ids=True).ids
+    for cycle in range(cycles):
+        times.sleeps.append(engine.act(sleep)[0] - empty_s)
+        woken = engine.act_then_generate(wake, Ask(100 + cycle, 16, 1))
+        if woken["answer"]["error"]:
+            raise RuntimeError(f"first request after wake: {woken['answer']['error']}")
+        times.wakes.append(woken["action_s"] - empty_s)
+        times.first_tokens.append(woken["first_token_s"])
+        after = engine.burst(QUESTIONS, keep_ids=True).ids
+        times.same_tokens &= after == before
+        say(
+            f"{engine.name}: sleep {times.sleeps[-1]:.4f} s, wake {times.wakes[-1]:.4f} s, "
+            f"first token {times.first_tokens[-1]:.4f} s, same tokens {after == before}"
+        )
+    return times
+
+
+@dataclass
+class Copy:
+    """One wake that waits for its copies. Seconds."""
+
+    map_s: float
+    copy_s: float
+    wake_s: float
+
+
+def measure_copies(engine: Engine, cycles: int, empty_s: float) -> list[Copy]:
+    copies = []
+    for _ in range(cycles):
+        engine.act(SLEEP)
+        mark = engine.log_mark()
+        wake_s = engine.act(WAKE_AND_WAIT)[0] - empty_s
+        copied, mapped = engine.log_matches(COPIED, mark), engine.log_matches(MAPPED, mark)
+        if copied and mapped:
+            copies.append(Copy(float(mapped[-1][1]), float(copied[-1][0]), wake_s))
+    return copies
+
+
+def measure_ours(engine: Engine, label: str, results: Results, link: float, cycles: int) -> Times:
+    big = label == "8B"
+    empty_s = statistics.median(engine.act(EMPTY_RPC, 30))
+    awake_s = statistics.median(engine.burst([Ask(50 + n, 16, 1)]).ttfts_s[0] for n in range(5))
+    times = measure_cycles(engine, SLEEP, WAKE, cycles, empty_s)
+    loaded = engine.log_matches(LOADED)
+    first_sleep_s = times.sleeps[0]
+    weights_bytes = 0.0
+    if loaded:
+        weights_bytes = float(loaded[-1][0]) * 2**20
+        image_s, lock_s = float(loaded[-1][1]), float(loaded[-1][2])
+        beyond_s = times.first_sleep_s = image_s + lock_s + first_sleep_s
+        results.add(
+            f"{label}: first sleep beyond loading: image filled, page-locked, then the sleep itself",
+            beyond_s,
+            None,
+            "s",
+            target="< 2 s" if big else "",
+            met=beyond_s < 2 if big else None,
+            note=f"image {image_s} s and page-locking {lock_s} s at start, the first sleep {first_sleep_s:.4f} s",
+        )
+    sleep_s, wake_s, first_s = (times.median(name) for name in ("sleeps", "wakes", "first_tokens"))
+    results.add(
+        f"{label}: sleep",
+        sleep_s,
+        None,
+        "s",
+        target="< 0.05 s" if big else "",
+        met=sleep_s < 0.05 if big else None,
+    )
+    results.add(f"{label}: wake, until it returns (its copies go on)", wake_s, None, "s")
+    results.add(
+        f"{label}: first token, from the begin of the wake",
+        first_s,
+        None,
+        "s",
+        target="< 0.40 s" if big else "",
+        met=first_s < 0.40 if big else None,
+        note=f"awake the same request has its first token after {awake_s * 1e3:.1f} ms; rpc {empty_s * 1e3:.2f} ms",
+    )
+    results.add(
+        f"{label}: same tokens after each of {cycles} wakes",
+        float(times.same_tokens),
+        None,
+        "",
+        target="1",
+        met=times.same_tokens,
+    )
+    copies = measure_copies(engine, cycles, empty_s)
+    if not copies or not weights_bytes:
+        raise RuntimeError("the scheduler's log says nothing about the copy")
+    copy_s = statistics.median(copy.copy_s for copy in copies)
+    complete_s = statistics.median(copy.wake_s for copy in copies)
+    rate = weights_bytes / copy_s
+    results.add(
+        f"{label}: copy of the weights against the link",
+        rate / 1e9,
+        link / 1e9,
+        "GB/s",
+        target=">= 95 % of link" if big else "",
+        met=rate >= 0.95 * link if big else None,
+        note=f"{weights_bytes / GIB:.2f} GiB in {copy_s:.3f} s, mapped before in "
+        f"{statistics.median(copy.map_s for copy in copies):.4f} s, the whole wake {complete_s:.3f} s",
+    )
+    results.add(
+        f"{label}: first token later than a complete wake",
+        (first_s - complete_s) * 1e3,
+        None,
+        "ms",
+        target="< 20 ms" if big else "",
+        met=first_s - complete_s < 0.020 if big else None,
+    )
+    return times
+
+
+def measure_partial(card: Card, engine: Engine, results: Results, cycles: int) -> None:
+    """A model that was asleep with its weights in place, and lost 30 % of them to a neighbour."""
+
+    def held() -> int:
+        return next(o.weights for o in card.ledger.owners() if o.name.startswith(engine.name))
+
+    before_ids = engine.burst(QUESTIONS, keep_ids=True).ids
+    empty_s = statistics.median(engine.act(EMPTY_RPC, 10))
+    whole = held()
+    first_tokens, wakes, takes, lost = [], [], [], []
+    same = True
+    neighbour = Neighbour(card)
+    try:
+        for cycle in range(cycles):
+            engine.act(SLEEP_KEEPING_WEIGHTS)
+            wanted = neighbour.free_bytes() + int(whole * 0.30) * 2 * 2**20
+            took = neighbour.take(wanted)
+            if took is None:
+                raise RuntimeError("the sleeping model gave nothing back within 5 s")
+            takes.append(took)
+            lost.append(1 - held() / whole)
+            neighbour.give_back()
+            woken = engine.act_then_generate(WAKE, Ask(200 + cycle, 16, 1))
+            wakes.append(woken["action_s"] - empty_s)
+            first_tokens.append(woken["first_token_s"])
+            same &= engine.burst(QUESTIONS, keep_ids=True).ids == before_ids
+    finally:
+        neighbour.close()
+    first = statistics.median(first_tokens)
+    results.add(
+        "8B that lost 30 % of its pages: first token, from the begin of the wake",
+        first,
+        None,
+        "s",
+        target="< 0.15 s",
+        met=first < 0.15 and same,
+        note=f"lost {statistics.mean(lost):.0%}, given in {statistics.median(takes) * 1e3:.1f} ms, "
+        f"wake rpc {statistics.median(wakes):.3f} s, same tokens: {same}",
+    )
+
+
+def compare(results: Results, peer_name: str, ours: Times | None, peer: Times, *, skip_first: bool) -> None:
+    rest = slice(1, None) if skip_first and len(peer.sleeps) > 1 else slice(None)
+    note = "" if peer.same_tokens else "the peer's tokens changed after a wake"
+    results.add(
+        f"8B: first sleep beyond loading, against {peer_name}",
+        ours.first_sleep_s if ours else None,
+        peer.sleeps[0],
+        "s",
+        note=note,
+    )
+    for what, name in (
+        ("sleep", "sleeps"),
+        ("wake, until it returns", "wakes"),
+        ("first token from the begin of the wake", "first_tokens"),
+    ):
+        results.add(
+            f"8B: {what}, against {peer_name}",
+            ours.median(name) if ours else None,
+            statistics.median(getattr(peer, name)[rest]),
+            "s",
+            note=note,
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    results = open_results("wake")
+    model8, model1 = ensure_models("llama8b", "llama1b")
+    with Card(40 * GIB) as card:
+        probe = card.child("link")
+        probe.send("link")  # while the others import, long before they load
+        ours8 = card.ours("ours8b", model8, **FLAGS)
+        ours1 = card.ours("ours1b", model1, **FLAGS)
+        peers = (
+            []
+            if args.no_peers
+            else [
+                ("torch_memory_saver, default", card.memory_saver("tms", model8, retain=False, **FLAGS), 2),
+                (
+                    "torch_memory_saver, TMS_RETAIN_CPU_BACKUP=1",
+                    card.memory_saver("tms-retain", model8, retain=True, **FLAGS),
+                    3,
+                ),
+            ]
+        )
+        link = 0.0
+        with results.attempt("link speed at the begin"):
+            link = link_rate(probe, results, "engines still importing")
+        for engine in card.engines:
+            with results.attempt(f"start of {engine.name}"):
+                engine.wait()
+        with results.attempt("link speed"):
+            probe.send("link")
+            link = max(link, link_rate(probe, results, "all engines idle"))
+            probe.close()
+        ours: Times | None = None
+        for engine, label in ((ours8, "8B"), (ours1, "1B")):
+            with results.attempt(f"{label}: sleep and wake"):
+                if engine.is_ready:
+                    times = measure_ours(engine, label, results, link or 5e10, args.cycles)
+                    ours = times if engine is ours8 else ours
+        with results.attempt("8B that lost 30 % of its pages"):
+            if ours8.is_ready:
+                measure_partial(card, ours8, results, min(args.cycles, 3))
+        for name, engine, cycles in peers:
+            with results.attempt(name):
+                if engine.is_ready:
+                    empty_s = statistics.median(engine.act(EMPTY_RPC, 10))
+                    times = measure_cycles(engine, RELEASE, RESUME, cycles, empty_s)
+                    compare(results, name, ours, times, skip_first="RETAIN" in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two cycles, no peers")
+    parser.add_argument("--cycles", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--limit", type=float, default=330, help="seconds, then what is measured is kept")
+    args = parser.parse_args()
+    if args.quick:
+        args.cycles, args.no_peers = 2, True
+    with bounded(args.limit):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Engines on a real card, ours beside plain SGLang with the same flags; all start at once, for a start takes a minute.
+
+Run on a machine with a card: ``pytest -m gpu tests/gpu``. Elsewhere these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.engine_process import Ask
+from benchmarks.gpu.harness import GIB, Card, Engine, ensure_models, wait_all
+
+# What serves tokens in different ways; one pair of engines each.
+CASES: dict[str, dict[str, Any]] = {
+    "fa3": {"attention_backend": "fa3"},
+    "fa3-blocks-fp8kv": {"attention_backend": "fa3", "page_size": 64, "kv_cache_dtype": "fp8_e4m3"},
+    "triton-blocks": {"attention_backend": "triton", "page_size": 16},
+    "flashinfer": {"attention_backend": "flashinfer"},
+    "fp8-weights": {"attention_backend": "fa3", "quantization": "fp8"},
+}
+STOCK_TOKENS = 40_000
+# fa3's range goes beyond 2^31 elements: 131,072 tokens of 16,384 numbers.
+KV_BYTES = {"fa3": 6 * GIB}
+
+PROMPTS = [Ask(seed=100 + n, tokens=length, new_tokens=24) for n, length in enumerate((3, 60, 700, 3000))]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_card = shutil.which("nvidia-smi") is None
+    for item in items:
+        if "tests/gpu" in str(item.path):
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(500))
+            if no_card:
+                item.add_marker(pytest.mark.skip(reason="no CUDA card"))
+
+
+@dataclass
+class Pair:
+    ours: Engine
+    stock: Engine
+    card: Card
+
+    def held(self) -> dict[str, int]:
+        """Granules of ours in the ledger."""
+        owner = next(o for o in self.card.ledger.owners() if o.name.startswith(self.ours.name))
+        return {"weights": owner.weights, "kv": owner.kv, "overhead": owner.overhead}
+
+
+def answers(engine: Engine) -> list[list[int]]:
+    """Greedy tokens, one request after the other and nothing cached: the same batches each time."""
+    engine.act({"name": "flush_cache"})
+    burst = engine.burst(PROMPTS, keep_ids=True, one_by_one=True)
+    assert not burst.errors
+    return burst.ids
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Iterator[dict[str, Pair]]:
+    (model,) = ensure_models("llama1b")
+    with Card(60 * GIB) as card:
+        pairs = {}
+        for name, flags in CASES.items():
+            shared = {"max_running_requests": 32, "cuda_graph_max_bs_decode": 16, **flags}
+            ours = card.ours(f"{name}-ours", model, ceiling_bytes=KV_BYTES.get(name, 2 * GIB), **shared)
+            stock = card.stock(f"{name}-stock", model, max_total_tokens=STOCK_TOKENS, **shared)
+            pairs[name] = Pair(ours, stock, card)
+        wait_all([engine for pair in pairs.values() for engine in (pair.ours, pair.stock)], 300)
+        yield pairs
+
+
+@pytest.fixture(params=CASES)
+def pair(pairs: dict[str, Pair], request: pytest.FixtureRequest) -> Pair:
+    return pairs[request.param]

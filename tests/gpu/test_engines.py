@@ -1,0 +1,96 @@
+"""An elastic engine answers as plain SGLang does: alone, after sleep and wake in every degree, far out in its range."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.gpu.engine_process import Ask
+from benchmarks.gpu.harness import (
+    GIB,
+    SLEEP,
+    SLEEP_KEEPING_WEIGHTS,
+    WAKE,
+    WAKE_AND_WAIT,
+    Neighbour,
+)
+from tests.gpu.conftest import Pair, answers
+
+# Fills what is free of the card with NaN, page by page like an engine's KV, and gives it back.
+POISON = """
+import torch
+from prism_sgl.allocator.vmm_cuda import CudaArena
+PAGE = 64 << 20
+torch.zeros(1, device="cuda")
+pages = (torch.cuda.mem_get_info()[0] - (1 << 30)) // PAGE
+arena = CudaArena("poison", pages, PAGE, zeroed=False)
+nan = memoryview(bytes([0xFF]) * PAGE)
+arena.map([range(pages)])
+for page in range(pages):
+    arena.copy_in(page * PAGE, nan)
+arena.settle()
+arena.close()
+"""
+
+
+def test_tokens_equal_plain_sglang(pair: Pair) -> None:
+    assert answers(pair.ours) == answers(pair.stock)
+
+
+@pytest.mark.parametrize(
+    ("sleep", "wake"),
+    [(SLEEP, WAKE_AND_WAIT), (SLEEP, WAKE), (SLEEP_KEEPING_WEIGHTS, WAKE)],
+    ids=["all", "all, arriving", "nothing lost"],
+)
+def test_sleep_and_wake_change_no_token(pair: Pair, sleep: dict, wake: dict) -> None:
+    before = answers(pair.ours)
+    awake = pair.held()
+    pair.ours.act(sleep)
+    asleep = pair.held()
+    assert asleep["kv"] == 0
+    assert asleep["weights"] == (0 if sleep is SLEEP else awake["weights"])
+    assert asleep["overhead"] < awake["overhead"]
+    # The next request is sent at once: where the weights still arrive, its layers wait for them.
+    first = pair.ours.act_then_generate(wake, Ask(seed=100, tokens=3, new_tokens=24))
+    assert first["answer"]["ids"] == before[0]
+    assert answers(pair.ours) == before
+    assert pair.held()["weights"] == awake["weights"]
+
+
+def test_a_sleeper_gives_only_what_a_neighbour_needs(pairs: dict[str, Pair]) -> None:
+    pair = pairs["fa3"]
+    before = answers(pair.ours)
+    weights = pair.held()["weights"]
+    pair.ours.act(SLEEP_KEEPING_WEIGHTS)
+    neighbour = Neighbour(pair.card)
+    neighbour.take(neighbour.free_bytes() + GIB)
+    left = pair.held()["weights"]
+    assert 0 < weights - left <= GIB // (2 << 20) + 32, "one GiB was wanted, in pages of 64 MiB"
+    neighbour.give_back()
+    pair.ours.act(WAKE)
+    assert answers(pair.ours) == before
+
+
+def test_poisoned_memory_reaches_no_answer(pair: Pair) -> None:
+    before = answers(pair.ours)
+    pair.ours.act(SLEEP)
+    subprocess.run([sys.executable, "-c", POISON], check=True, timeout=120)
+    pair.ours.act(WAKE)
+    assert answers(pair.ours) == before
+
+
+def test_slots_beyond_int32_elements(pairs: dict[str, Pair]) -> None:
+    """A full prefix cache holds the low slots; what follows lies beyond 2^31 numbers from the arena's begin."""
+    pair = pairs["fa3"]
+    before = answers(pair.ours)
+    fill = [Ask(seed=5000 + n, tokens=3900, new_tokens=1) for n in range(36)]
+    assert not pair.ours.burst(fill).errors
+    assert pair.held()["kv"] * (2 << 20) > 131_072 * 32_768
+    burst = pair.ours.burst(
+        [Ask(seed=100 + n, tokens=t, new_tokens=24) for n, t in enumerate((3, 60, 700, 3000))],
+        keep_ids=True,
+        one_by_one=True,
+    )
+    assert burst.ids == before
