@@ -71,11 +71,14 @@ class SafePoint:
         waiting = self._waiting_tokens(running_batch)
         running = self._running_tokens(running_batch)
         busy = bool(waiting or running)
-        available = self.allocator.available_size()
-        wanted = waiting + running - available
+        lacking = waiting + running - self.allocator.available_size()
+        # At its ceiling an engine has nothing to ask for: its own prefix cache gives way.
+        wanted = min(lacking, self.allocator.unmapped_tokens())
         if wanted > 0 and time.monotonic() - self._tried_at > _RETRY_S:
             self._tried_at = time.monotonic()
-            wanted -= self.grow(wanted)
+            gained = self.grow(wanted)
+            wanted -= gained
+            lacking -= gained
             running_batch.batch_is_full = False
         if waiting and running_batch.is_empty():
             # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
@@ -87,7 +90,7 @@ class SafePoint:
         self.memory.owner.set_activity(
             busy, granules(max(missing, 0) * self._token_bytes), time.monotonic_ns()
         )
-        return missing > 0
+        return lacking > self.tree.evictable_size()
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""

@@ -69,8 +69,14 @@ class ElasticBlocks:
         self.free_group: list[torch.Tensor] = []
         self.free_page_reps_group: list[torch.Tensor] = []
 
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks on mapped pages, used or free, without the padding block."""
+        pages = self.elastic.pages
+        return pages.usable_blocks - pages.is_usable(0)
+
     def used_blocks(self) -> int:
-        return int(self._usable[1:].sum()) - len(self.free_pages) - len(self.release_pages)
+        return self.usable_blocks - len(self.free_pages) - len(self.release_pages)
 
     def virtual_available_size(self) -> int:
         """Tokens that would be free if the whole range were mapped: what SGLang's leak check counts with."""
@@ -79,12 +85,18 @@ class ElasticBlocks:
 
     def usable_tokens(self) -> int:
         """Tokens on mapped pages, used or free."""
-        return int(self._usable[1:].sum()) * self.page_size
+        return self.usable_blocks * self.page_size
+
+    def unmapped_tokens(self) -> int:
+        """Tokens that could be had by mapping the rest of the range."""
+        return max(0, self.size // self.page_size - self.usable_blocks) * self.page_size
 
     # -- growing and shrinking, at safe points only
 
     def add_blocks(self, ranges: Sequence[range]) -> None:
         """Pages were mapped: these blocks are usable now."""
+        if not ranges:
+            return  # a sort for nothing would cost every turn of an engine that has all it may have
         self._mark_usable(ranges, True)
         # Made on the device: a copy to it would queue behind the weights of a model that wakes.
         fresh = [torch.arange(max(r.start, 1), r.stop, dtype=torch.int64, device=self.device) for r in ranges]
@@ -153,6 +165,7 @@ class ElasticBlocks:
         assert len(np.unique(ids)) == len(ids), "a block is twice in the free list"
         assert bool(self._usable[ids].all()), "a free block is on an unmapped page"
         assert 0 not in ids, "the padding block is in the free list"
+        assert int(self._usable.sum()) == self.elastic.pages.usable_blocks
         self.elastic.check()
 
     def _usable_ids(self) -> npt.NDArray[np.int64]:

@@ -121,3 +121,12 @@ def test_random_work_against_a_set(elastic: Elastic) -> None:
                     model -= set(slots.tolist())
         elastic.allocator.check()
         assert elastic.allocator.used_blocks() * block == len(model)
+
+
+def test_growing_by_nothing_costs_nothing(elastic: Elastic) -> None:
+    """An engine that has all it may have asks for more at every turn."""
+    elastic.grow(2)
+    before = elastic.allocator.free_pages
+    elastic.allocator.add_blocks([])
+    assert elastic.allocator.free_pages is before
+    assert elastic.allocator.unmapped_tokens() == elastic.allocator.size - elastic.allocator.usable_tokens()
