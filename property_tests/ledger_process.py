@@ -71,9 +71,7 @@ class _Worker:
         self.owner = self.ledger.join(name, floor=floor, ceiling=ceiling, priority=0, bell="")
         self.owner.set_state(RuntimeState.AWAKE)
         self.owner.set_activity(False, 0, 0)
-        pages = PagePool(
-            num_pages=NUM_PAGES, page_bytes=GRANULE_BYTES, block_bytes=GRANULE_BYTES, num_blocks=NUM_PAGES
-        )
+        pages = PagePool(page_bytes=GRANULE_BYTES, blocks_per_page=1, num_blocks=NUM_PAGES)
         self.pool = ElasticPool(HostArena(name, NUM_PAGES, GRANULE_BYTES), self.owner, pages)
         return True
 

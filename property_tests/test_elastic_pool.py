@@ -41,9 +41,8 @@ class ElasticPoolMachine(RuleBasedStateMachine):
 
     def make_pool(self, name: str) -> ElasticPool:
         owner = self.ledger.join(name, floor=0, ceiling=BUDGET, priority=0, bell="")
-        # Blocks straddle pages, and block 0 needs two of them.
-        block_bytes = GRANULE_BYTES * 3 // 2
-        pages = PagePool(num_pages=NUM_PAGES, page_bytes=GRANULE_BYTES, block_bytes=block_bytes, num_blocks=4)
+        # The last page holds one block only.
+        pages = PagePool(page_bytes=GRANULE_BYTES, blocks_per_page=3, num_blocks=3 * NUM_PAGES - 2)
         return ElasticPool(HostArena(name, NUM_PAGES, GRANULE_BYTES, self.calls), owner, pages)
 
     def teardown(self) -> None:
@@ -114,7 +113,7 @@ class ElasticPoolMachine(RuleBasedStateMachine):
     @rule(who=owners, pages=st.sets(st.integers(0, NUM_PAGES - 1)))
     def shrink(self, who: int, pages: set[int]) -> None:
         pool = self.pools[who]
-        pages = {page for page in pages if pool.pages.is_mapped(page) and not pool.pages.is_pinned(page)}
+        pages = {page for page in pages if pool.pages.is_mapped(page) and page != pool.pages.pinned_page}
         if not pool.is_open:
             return
         before = self.usable(who)

@@ -15,21 +15,14 @@ def runs_of(pages: set[int]) -> list[range]:
 
 
 class PagePoolMachine(RuleBasedStateMachine):
-    @initialize(page_bytes=st.integers(1, 12), block_bytes=st.integers(1, 40), num_blocks=st.integers(1, 30),
-                spare=st.integers(0, 2))  # fmt: skip
-    def make(self, page_bytes: int, block_bytes: int, num_blocks: int, spare: int) -> None:
-        num_pages = -(-num_blocks * block_bytes // page_bytes) + spare
-        self.pool = PagePool(
-            num_pages=num_pages, page_bytes=page_bytes, block_bytes=block_bytes, num_blocks=num_blocks
-        )
-        self.touched = {
-            block: {byte // page_bytes for byte in range(block * block_bytes, (block + 1) * block_bytes)}
-            for block in range(num_blocks)
-        }
+    @initialize(blocks_per_page=st.integers(1, 12), num_blocks=st.integers(1, 60))
+    def make(self, blocks_per_page: int, num_blocks: int) -> None:
+        self.pool = PagePool(page_bytes=7, blocks_per_page=blocks_per_page, num_blocks=num_blocks)
+        self.page_of = {block: block // blocks_per_page for block in range(num_blocks)}
         self.mapped: set[int] = set()
 
     def usable(self) -> set[int]:
-        return {block for block, pages in self.touched.items() if pages <= self.mapped}
+        return {block for block, page in self.page_of.items() if page in self.mapped}
 
     @rule(data=st.data())
     def map(self, data: st.DataObject) -> None:
@@ -55,7 +48,7 @@ class PagePoolMachine(RuleBasedStateMachine):
     @rule(num_pages=st.integers(0, 40))
     def grow(self, num_pages: int) -> None:
         runs = self.pool.choose_unmapped(num_pages)
-        useful = sorted(set().union(*self.touched.values()) - self.mapped)
+        useful = sorted(set(self.page_of.values()) - self.mapped)
         assert _flat(runs) == useful[:num_pages]
         self.pool.mark_mapped(runs)
         self.mapped.update(_flat(runs))
@@ -66,12 +59,10 @@ class PagePoolMachine(RuleBasedStateMachine):
         assert self.pool.mapped_pages == self.mapped
         assert self.pool.usable_blocks == len(self.usable())
         assert _flat(self.pool.usable_ranges()) == sorted(self.usable())
-        for block, pages in self.touched.items():
-            assert set(self.pool.pages_of_block(block)) == pages
         for page in range(self.pool.num_pages):
-            assert set(self.pool.blocks_of_page(page)) == {
-                b for b, pages in self.touched.items() if page in pages
-            }
+            assert list(self.pool.blocks_of(range(page, page + 1))) == [
+                block for block, of in self.page_of.items() if of == page
+            ]
 
 
 def _flat(ranges: list[range]) -> list[int]:

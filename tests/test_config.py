@@ -259,12 +259,12 @@ ERRORS = {
         "models.chat.min_kv is 64MiB, more than max_kv (32MiB); lower it or raise max_kv"
     ),
     HOST.replace("1GiB", "64MiB") + CHAT: (
-        "models.chat needs 112MiB (100MiB of them weights, and KV for a request of 2048 tokens), "
+        "models.chat needs 110MiB (100MiB of them weights, and KV for a request of 2048 tokens), "
         "more than the 64MiB of host0; "
         "give a device more memory, or lower engine_args.context_length or min_kv"
     ),
     HOST.replace("1GiB", "200MiB") + CHAT + 'pin = true\n[models.code]\npath = "MODEL"\npin = true\n': (
-        "models.chat.pin is true, but pinned chat, code need 224MiB of the 200MiB on host0; pin fewer models"
+        "models.chat.pin is true, but pinned chat, code need 220MiB of the 200MiB on host0; pin fewer models"
     ),
     # syntax
     "[server]\nport =\n": "line 2, column 7 is not TOML (Invalid value); correct it there",
@@ -358,6 +358,6 @@ def test_facts_follow_the_engine_arguments(tmp_path: Path, model: Path) -> None:
 def test_a_card_needs_room_for_what_an_engine_holds_beside_pages(tmp_path: Path, model: Path) -> None:
     """Context, kernels, graphs and the activations of a prefill: 2 GiB until the engine tells. Pages are larger too."""
     card = HOST.replace("host0", "gpu0").replace('"host"', '"cuda"')
-    assert "models.chat needs 2.25GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
+    assert "models.chat needs 2.19GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
     config = read(tmp_path, card.replace("1GiB", "3GiB") + CHAT)
     assert config.memory.kv_page_bytes == config.memory.weights_page_bytes == 64 << 20

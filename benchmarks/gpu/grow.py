@@ -185,23 +185,24 @@ def build_elastic(folder: str, size_bytes: int) -> tuple[Any, Any]:
     from prism_sgl.allocator.ledger import Ledger
     from prism_sgl.allocator.page_pool import PagePool
     from prism_sgl.allocator.vmm_cuda import CudaArena
+    from prism_sgl.engine.kv_layout import KvLayout
     from prism_sgl.engine.slots import ElasticTokenAllocator
 
     ledger = Ledger.create(f"{folder}/ledger", 2 * size_bytes, "gpu0")
     owner = ledger.join("grow", floor=0, ceiling=ledger.budget, priority=0, bell="")
     page_bytes = OUR_PAGE_MIB * MIB
     num_pages = size_bytes // page_bytes
+    layout = KvLayout.plan(layers=32, row_bytes=TOKEN_BYTES // 64, block_tokens=1, page_bytes=page_bytes)
     arena = CudaArena("slots", num_pages, page_bytes, zeroed=False)
     pages = PagePool(
-        num_pages=num_pages,
         page_bytes=page_bytes,
-        block_bytes=TOKEN_BYTES,
-        num_blocks=size_bytes // TOKEN_BYTES,
+        blocks_per_page=layout.page.blocks,
+        num_blocks=num_pages * layout.page.blocks,
     )
     pool = ElasticPool(arena, owner, pages)
     assert pool.open() is not None
     allocator = ElasticTokenAllocator(
-        size_bytes // TOKEN_BYTES - 1, torch.bfloat16, "cuda", SimpleNamespace(elastic=pool)
+        pages.num_blocks - 1, torch.bfloat16, "cuda", SimpleNamespace(elastic=pool, layout=layout)
     )
     floor_bytes = pool.mapped_bytes
     allocator.add_blocks(pool.grow_up_to(num_pages))

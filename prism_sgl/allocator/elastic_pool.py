@@ -15,7 +15,7 @@ from prism_sgl.allocator.vmm import Vmm, merge_runs, num_pages_in
 
 class ElasticPool:
     """Invariants: ``pages`` says mapped exactly where ``vmm`` does; the lease covers what ``vmm`` holds; while
-    open, the pages of block 0 are mapped, and while closed no page is, unless the driver could not unmap it.
+    open, the page of block 0 is mapped, and while closed no page is, unless the driver could not unmap it.
     """
 
     def __init__(self, vmm: Vmm, owner: Owner, pages: PagePool) -> None:
@@ -44,11 +44,12 @@ class ElasticPool:
         return self.pages.usable_ranges()
 
     def open(self) -> list[range] | None:
-        """Map the pages of block 0; returns the blocks that are usable now, None on shortage."""
+        """Map the page of block 0; returns the blocks that are usable now, None on shortage."""
         if self._open:
             raise ValueError("the pool is open")
+        page = self.pages.pinned_page
         # A page that close_all could not unmap is still there, and still leased.
-        pinned = [range(p, p + 1) for p in self.pages.pinned_pages if not self.pages.is_mapped(p)]
+        pinned = [] if self.pages.is_mapped(page) else [range(page, page + 1)]
         if not self._lease.reserve(num_pages_in(pinned)):
             return None
         ranges = self._map(pinned)
@@ -81,8 +82,8 @@ class ElasticPool:
         """
         self._insist_open()
         merged = merge_runs(runs)
-        if any(self.pages.is_pinned(page) for run in merged for page in run):
-            raise ValueError("the pages of block 0 stay mapped while the pool is open")
+        if any(self.pages.pinned_page in run for run in merged):
+            raise ValueError("the page of block 0 stays mapped while the pool is open")
         return self._unmap(merged)
 
     def close_all(self) -> list[range]:
@@ -97,7 +98,7 @@ class ElasticPool:
         for page in range(self.pages.num_pages):
             assert self.pages.is_mapped(page) == self.vmm.is_mapped(page), page
         if self._open:
-            assert all(self.pages.is_mapped(page) for page in self.pages.pinned_pages)
+            assert self.pages.is_mapped(self.pages.pinned_page)
 
     def _insist_open(self) -> None:
         if not self._open:

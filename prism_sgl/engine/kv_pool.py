@@ -1,10 +1,4 @@
-"""The KV cache of one runtime, token-major on an elastic arena.
-
-Layout ``[rows, layers, K row | V row]``: all layers of a token lie side by side, so that one page of the arena
-holds all layers of a run of tokens and one map call serves every layer (design.md, Memory; measured equal to
-SGLang's own layout under FA3 and Triton, gpu/README.md). Each layer is a strided 3-D view ``[rows, heads, dim]``
-with ``stride(0) = entry``; SGLang's readers and writers take it as it is (facts section 2.3).
-"""
+"""The KV cache of one runtime: SGLang's own MHA pool, its buffers views of an elastic arena."""
 
 from __future__ import annotations
 
@@ -15,17 +9,21 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_native
 
 from prism_sgl.allocator.elastic_pool import ElasticPool
+from prism_sgl.engine.kv_layout import KvLayout
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.errors import UnsupportedModelError
 
 
-class TokenMajorKVPool(MHATokenToKVPool):
-    """``MHATokenToKVPool`` (srt/mem_cache/memory_pool.py:1740) whose buffers are views of an elastic arena.
+class ElasticKVPool(MHATokenToKVPool):
+    """``MHATokenToKVPool`` (srt/mem_cache/memory_pool.py:1740) in the layout of kv_layout.py.
 
-    Rows ``0 .. page_size-1`` are SGLang's padding sink: their page is mapped for as long as the runtime is awake.
+    ``size`` is the range of slot numbers, not the number of tokens: SGLang tests numbers against it. Rows
+    ``0 .. page_size-1`` are its padding sink: their page is mapped for as long as the runtime is awake.
     """
 
+    size: int
     elastic: ElasticPool
+    layout: KvLayout
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("quant_method") is not None:
@@ -38,36 +36,43 @@ class TokenMajorKVPool(MHATokenToKVPool):
             raise UnsupportedModelError(
                 f"KV layout {self.kv_cache_layout} has no elastic pool; use the default"
             )
-        k_width, v_width = self.head_num * self.head_dim, self.head_num * self.v_head_dim
-        rows = self.size + self.page_size
-        entry_bytes = self.layer_num * (k_width + v_width) * self.store_dtype.itemsize
+        if self.head_dim != self.v_head_dim:
+            raise UnsupportedModelError(
+                f"heads of {self.head_dim} for K and {self.v_head_dim} for V have no elastic pool yet"
+            )
         memory = RuntimeMemory.current()
-        self.elastic = memory.open_kv(
-            block_bytes=entry_bytes * self.page_size, num_blocks=math.ceil(rows / self.page_size)
+        self.layout = KvLayout.plan(
+            layers=self.layer_num,
+            row_bytes=self.head_num * self.head_dim * self.store_dtype.itemsize,
+            block_tokens=self.page_size,
+            page_bytes=memory.spec.kv_page_bytes,
         )
-        raw = memory.device.bytes_at(self.elastic.vmm.base, rows * entry_bytes).view(self.store_dtype)
-        entries = raw.view(rows, self.layer_num, k_width + v_width)
-        self.k_buffer = [
-            entries[:, layer, :k_width].unflatten(-1, (self.head_num, self.head_dim))
-            for layer in range(self.layer_num)
-        ]
-        self.v_buffer = [
-            entries[:, layer, k_width:].unflatten(-1, (self.head_num, self.v_head_dim))
-            for layer in range(self.layer_num)
-        ]
+        num_blocks = math.ceil((self.size + self.page_size) / self.page_size)
+        self.elastic = memory.open_kv(self.layout.page, num_blocks)
+        rows = self.layout.num_rows(num_blocks)
+        self.size = rows - self.page_size
+        self.k_buffer = [self._plane(memory, 2 * layer, rows) for layer in range(self.layer_num)]
+        self.v_buffer = [self._plane(memory, 2 * layer + 1, rows) for layer in range(self.layer_num)]
         self.k_scale_buffer = self.v_scale_buffer = None
         self.dq_k_buffer = self.dq_v_buffer = None
         self._kv_buffer_descs = self._build_kv_buffer_descs()
         self._init_data_ptrs_and_strides()
 
+    def _plane(self, memory: RuntimeMemory, plane: int, rows: int) -> torch.Tensor:
+        """``[rows, heads, dim]`` from this plane of page 0 on."""
+        row_bytes = self.layout.row_bytes
+        first_byte = plane * self.layout.plane_rows * row_bytes
+        end_byte = first_byte + rows * row_bytes
+        raw = memory.device.bytes_at(self.elastic.vmm.base, end_byte)[first_byte:]
+        return raw.view(self.store_dtype).view(rows, self.head_num, self.head_dim)
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """(K bytes, V bytes) that are really mapped now, not the reserved range."""
         mapped = self.elastic.mapped_bytes
-        k_bytes = mapped * self.head_dim // (self.head_dim + self.v_head_dim)
-        return k_bytes, mapped - k_bytes
+        return mapped // 2, mapped - mapped // 2
 
     def _move_kv_cache_impl(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-        # SGLang's tiled copy takes the row size for the stride (memory_pool.py:2775): wrong for strided views.
+        # SGLang's tiled copy is set up for speculative decoding only (memory_pool.py:1834).
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
 
     def get_contiguous_buf_infos(self) -> Any:

@@ -60,15 +60,12 @@ def _candidates(tree: Any, allocator: ElasticAllocator) -> list[list[Cut]]:
     nodes = _unlocked_nodes(tree)
     pool = allocator.elastic.pages
     for index, node in enumerate(nodes):
-        blocks = node.value.cpu().numpy()[::block_tokens] // block_tokens
-        low = blocks * pool.block_bytes // pool.page_bytes
-        high = ((blocks + 1) * pool.block_bytes - 1) // pool.page_bytes
-        for pages in _pages_of(low, high):
-            ids, starts, counts = np.unique(pages, return_index=True, return_counts=True)
-            for page, start, count in zip(ids.tolist(), starts.tolist(), counts.tolist(), strict=True):
-                cached[page] += count
-                position = start * block_tokens
-                first[page][index] = min(position, first[page].get(index, position))
+        ids = node.value[::block_tokens] // block_tokens
+        on_pages = allocator.layout.pages(ids).cpu().numpy()
+        pages, starts, counts = np.unique(on_pages, return_index=True, return_counts=True)
+        for page, start, count in zip(pages.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            cached[page] += count
+            first[page][index] = start * block_tokens
     below = {id(node): sum(len(n.value) for n in _subtree(node)) - len(node.value) for node in nodes}
     ranked: list[tuple[int, float, int, list[Cut]]] = []
     for page, positions in first.items():
@@ -82,12 +79,6 @@ def _candidates(tree: Any, allocator: ElasticAllocator) -> list[list[Cut]]:
         ranked.append((sum(cut.lost_tokens for cut in cuts), age, -page, cuts))
     ranked.sort(key=lambda entry: entry[:3])
     return [cuts for *_, cuts in ranked]
-
-
-def _pages_of(low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """Each block counts once for every page that it touches (blocks may straddle, or span several pages)."""
-    widest = int((high - low).max()) if len(low) else -1
-    return [np.where(low + k <= high, low + k, -1) if k else low for k in range(widest + 1)]
 
 
 def _unlocked_nodes(tree: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from prism_sgl.engine.first_tokens import FirstTokenTeller
 from prism_sgl.engine.overhead import Overhead
 from prism_sgl.engine.spec import current_spec
 from prism_sgl.errors import PrismError
+from prism_sgl.footprint import KvPage
 from prism_sgl.messages import RuntimeSpec
 from prism_sgl.units import granules
 
@@ -94,13 +95,11 @@ class RuntimeMemory:
             f"{self.spec.runtime}:weights", size_bytes, self.spec.weights_page_bytes, zeroed=False
         )
 
-    def open_kv(self, *, block_bytes: int, num_blocks: int) -> ElasticPool:
+    def open_kv(self, page: KvPage, num_blocks: int) -> ElasticPool:
         """The KV arena, with the padding block's page mapped (kv_pool.py)."""
-        size_bytes = block_bytes * num_blocks
-        vmm = self.device.arena(f"{self.spec.runtime}:kv", size_bytes, self.spec.kv_page_bytes, zeroed=True)
-        pages = PagePool(
-            num_pages=vmm.num_pages, page_bytes=vmm.page_bytes, block_bytes=block_bytes, num_blocks=num_blocks
-        )
+        pages = PagePool(page_bytes=page.page_bytes, blocks_per_page=page.blocks, num_blocks=num_blocks)
+        size_bytes = pages.num_pages * page.page_bytes
+        vmm = self.device.arena(f"{self.spec.runtime}:kv", size_bytes, page.page_bytes, zeroed=True)
         pool = ElasticPool(vmm, self.owner, pages)
         if self.insist(pool.open, vmm.page_bytes, START_TIMEOUT_S) is None:
             raise ShortageError(f"{self.spec.runtime}: no memory for the first page of KV")

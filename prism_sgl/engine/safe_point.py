@@ -86,17 +86,13 @@ class SafePoint:
         missing = wanted - self.tree.evictable_size() if wanted > 0 else 0
         if missing > 0 and time.monotonic() - self._asked_at > TARGET_DEADLINE_S:
             self._asked_at = time.monotonic()
-            self.memory.ask_neighbours(granules(missing * self._token_bytes))
-        self.memory.owner.set_activity(
-            busy, granules(max(missing, 0) * self._token_bytes), time.monotonic_ns()
-        )
-        return lacking > self.tree.evictable_size()
+            self.memory.ask_neighbours(granules(self._bytes_for(missing)))
+        self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
+        return bool(lacking > self.tree.evictable_size())
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
-        pool = self.allocator.elastic
-        pages = math.ceil(tokens * self._token_bytes / pool.pages.page_bytes) + 1
-        ranges = pool.grow_up_to(max(pages, _GROW_PAGES))
+        ranges = self.allocator.elastic.grow_up_to(max(math.ceil(tokens / self._page_tokens), _GROW_PAGES))
         self.allocator.add_blocks(ranges)
         return sum(len(r) for r in ranges) * self.allocator.page_size
 
@@ -113,12 +109,16 @@ class SafePoint:
                 self.grow(missing)
             return self.allocator.usable_tokens() >= tokens
 
-        missing_bytes = max(0, tokens - self.allocator.usable_tokens()) * self._token_bytes
+        missing_bytes = self._bytes_for(max(0, tokens - self.allocator.usable_tokens()))
         return bool(self.memory.insist(attempt, missing_bytes, _FLOOR_TIMEOUT_S))
 
     @property
-    def _token_bytes(self) -> int:
-        return self.allocator.elastic.pages.block_bytes // self.allocator.page_size
+    def _page_tokens(self) -> int:
+        return self.allocator.elastic.pages.blocks_per_page * self.allocator.page_size
+
+    def _bytes_for(self, tokens: int) -> int:
+        """Whole pages."""
+        return math.ceil(tokens / self._page_tokens) * self.allocator.elastic.pages.page_bytes
 
     def _waiting_tokens(self, running_batch: Any) -> int:
         """What admission will ask for the waiting requests that may start now (PrefillAdder.add_one_req)."""
@@ -196,13 +196,12 @@ class SafePoint:
         """
         if num_pages <= 0:
             return []
-        empty = [p for p in self.allocator.empty_pages() if not self.allocator.elastic.pages.is_pinned(p)]
+        empty = [p for p in self.allocator.empty_pages() if p != self.allocator.elastic.pages.pinned_page]
         chunked = self.scheduler.chunked_req
         if chunked is not None:
             reserve = self._chunk_rest(chunked) + 2 * self.allocator.page_size
             free = self.allocator.available_size() + self.tree.evictable_size() - reserve
-            page_tokens = len(self.allocator.blocks_of_page(0)) * self.allocator.page_size
-            num_pages = min(num_pages, max(0, free // max(page_tokens, 1)))
+            num_pages = min(num_pages, max(0, free // self._page_tokens))
         return empty[:num_pages]
 
     def _excess_pages(self, target: Target) -> int:

@@ -22,7 +22,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from prism_sgl.engine import sleep_wake
 from prism_sgl.engine.image_client import ImageMemory
-from prism_sgl.engine.kv_pool import TokenMajorKVPool
+from prism_sgl.engine.kv_pool import ElasticKVPool
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.slots import build_allocator
 from prism_sgl.engine.support import refuse_other_pools, refuse_unsupported_model
@@ -65,7 +65,7 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *, sizes: Any, 
     """Whatever pool SGLang would choose (kv_cache_configurator.py:839): ours, or none."""
     refuse_other_pools(configurator, RuntimeMemory.current().spec.model, **rest)
     return configurator._build_mha_kv_pool(
-        max_total_num_tokens=sizes.max_total_num_tokens, mha_pool_class=TokenMajorKVPool
+        max_total_num_tokens=sizes.max_total_num_tokens, mha_pool_class=ElasticKVPool
     )
 
 

@@ -36,12 +36,12 @@ def bind(scheduler: Any) -> RuntimeFacts:
     memory = RuntimeMemory.current()
     point = memory.safe_point = SafePoint(scheduler, memory)
     pool = point.allocator.elastic
-    token_bytes = pool.pages.block_bytes // point.allocator.page_size
+    token_bytes = point.allocator.layout.block_bytes // point.allocator.page_size
     full_bytes = footprint.floor_bytes(
         request_tokens=scheduler.model_config.context_len,
         block_tokens=point.allocator.page_size,
         token_bytes=token_bytes,
-        page_bytes=pool.pages.page_bytes,
+        page_bytes=memory.spec.kv_page_bytes,
     )
     floor = granules(max(memory.spec.floor_bytes, full_bytes))
     ceiling = granules(pool.vmm.size_bytes)

@@ -1,6 +1,7 @@
 """SGLang's token allocators over an elastic pool: the free list holds only blocks on mapped pages.
 
-A block is ``block_tokens`` tokens (SGLang's ``page_size``), a page is the unit of mapping. Blocks are taken
+A block is ``block_tokens`` tokens (SGLang's ``page_size``), a page is the unit of mapping. The free list holds SGLang's
+numbers of blocks, which have gaps; the books count blocks densely (kv_layout.py). Blocks are taken
 lowest first, so that the highest pages come free and can be given back; SGLang's stock list is a FIFO that
 walks through the whole range (srt/mem_cache/allocator/token.py). Freed blocks wait in ``release_pages`` and are
 sorted back only when the sorted part runs short or has fallen behind: a sort is not worth a decode step.
@@ -22,6 +23,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 
 from prism_sgl.allocator.elastic_pool import ElasticPool
+from prism_sgl.engine.kv_layout import KvLayout
 
 # Sort the freed blocks back once they are more than this part of the list.
 _MERGE_WHEN_RELEASED = 1 / 8
@@ -46,18 +48,18 @@ class ElasticBlocks:
         def merge_and_sort_free(self) -> None: ...  # SGLang's (allocator/base.py)
 
     def init_elastic(self) -> None:
-        pages = self.elastic.pages
-        self._usable = np.zeros(pages.num_blocks, dtype=bool)
+        self._usable = np.zeros(self.elastic.pages.num_blocks, dtype=bool)
         self._mark_usable(self.elastic.usable_ranges(), True)
-        page_ids = np.arange(pages.num_pages + 1, dtype=np.int64) * pages.page_bytes
-        # Blocks that touch page p: [first[p], last[p]).
-        self._first_block = np.minimum(page_ids[:-1] // pages.block_bytes, pages.num_blocks)
-        self._end_block = np.minimum(-(-page_ids[1:] // pages.block_bytes), pages.num_blocks)
 
     @property
     def elastic(self) -> ElasticPool:
         pool: ElasticPool = self._kvcache.elastic
         return pool
+
+    @property
+    def layout(self) -> KvLayout:
+        layout: KvLayout = self._kvcache.layout
+        return layout
 
     def clear(self) -> None:
         """Every usable block is free again (SGLang calls this at start and in ``flush_cache``)."""
@@ -99,7 +101,10 @@ class ElasticBlocks:
             return  # a sort for nothing would cost every turn of an engine that has all it may have
         self._mark_usable(ranges, True)
         # Made on the device: a copy to it would queue behind the weights of a model that wakes.
-        fresh = [torch.arange(max(r.start, 1), r.stop, dtype=torch.int64, device=self.device) for r in ranges]
+        fresh = [
+            self.layout.ids(torch.arange(max(r.start, 1), r.stop, dtype=torch.int64, device=self.device))
+            for r in ranges
+        ]
         self.free_pages, _ = torch.sort(torch.cat((self.free_pages, *fresh)))
 
     def tidy(self) -> None:
@@ -111,19 +116,18 @@ class ElasticBlocks:
         """``[num_blocks]``: usable and not free (block 0 counts as used). Syncs with the device."""
         used = self._usable.copy()
         for ids in (self.free_pages, self.release_pages):
-            used[ids.cpu().numpy()] = False
+            used[self.layout.blocks(ids).cpu().numpy()] = False
         if used.size:
             used[0] = bool(self._usable[0])
         return used
 
     def used_per_page(self) -> npt.NDArray[np.int64]:
-        """``[num_pages]``: used blocks that touch each page."""
-        sums = np.concatenate(([0], np.cumsum(self.blocks_in_use(), dtype=np.int64)))
-        per_page: npt.NDArray[np.int64] = sums[self._end_block] - sums[self._first_block]
+        """``[num_pages]``: used blocks of each page."""
+        pages = self.elastic.pages
+        padded = np.zeros(pages.num_pages * pages.blocks_per_page, dtype=np.int64)
+        padded[: pages.num_blocks] = self.blocks_in_use()
+        per_page: npt.NDArray[np.int64] = padded.reshape(pages.num_pages, pages.blocks_per_page).sum(axis=1)
         return per_page
-
-    def blocks_of_page(self, page: int) -> range:
-        return range(int(self._first_block[page]), int(self._end_block[page]))
 
     def empty_pages(self) -> list[int]:
         """Mapped pages that hold no used block, highest first (the order in which to give them back)."""
@@ -135,13 +139,12 @@ class ElasticBlocks:
         chosen = sorted(pages)
         if not chosen:
             return 0
-        gone = np.zeros(len(self._usable), dtype=bool)
-        for page in chosen:
-            gone[self._first_block[page] : self._end_block[page]] = True
+        gone = np.zeros(self.elastic.pages.num_pages, dtype=bool)
+        gone[chosen] = True
         self.merge_and_sort_free()
         keep = torch.from_numpy(~gone).to(self.device)
         # The list forgets the blocks before the memory goes: an unmapped block must never be handed out.
-        self.free_pages = self.free_pages[keep[self.free_pages]]
+        self.free_pages = self.free_pages[keep[self.layout.pages(self.free_pages)]]
         self._mark_usable(self.elastic.shrink([range(p, p + 1) for p in chosen]), False)
         return len(chosen)
 
@@ -162,15 +165,17 @@ class ElasticBlocks:
 
     def check(self) -> None:
         ids = torch.cat((self.free_pages, self.release_pages)).cpu().numpy()
+        blocks = self.layout.blocks(ids)
         assert len(np.unique(ids)) == len(ids), "a block is twice in the free list"
-        assert bool(self._usable[ids].all()), "a free block is on an unmapped page"
+        assert bool((self.layout.ids(blocks) == ids).all()), "a free slot lies between two planes"
+        assert bool(self._usable[blocks].all()), "a free block is on an unmapped page"
         assert 0 not in ids, "the padding block is in the free list"
         assert int(self._usable.sum()) == self.elastic.pages.usable_blocks
         self.elastic.check()
 
     def _usable_ids(self) -> npt.NDArray[np.int64]:
-        ids = np.flatnonzero(self._usable).astype(np.int64)
-        return ids[ids > 0]
+        blocks = np.flatnonzero(self._usable).astype(np.int64)
+        return self.layout.ids(blocks[blocks > 0])
 
     def _mark_usable(self, ranges: Iterable[range], usable: bool) -> None:
         for r in ranges:

@@ -27,7 +27,7 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
         ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
         "a KV cache with scales of its own",
     ),
-    ("enable_page_major_kv_layout", (False,), "SGLang's page-major layout: ours is token-major"),
+    ("enable_page_major_kv_layout", (False,), "SGLang's own page-major layout"),
     ("prefill_only_disable_kv_cache", (False,), "an engine without a KV cache"),
     ("enable_hisparse", (False,), "sparse host caches"),
     ("tokenizer_worker_num", (1,), "several tokenizer workers: the app runs inside our worker"),

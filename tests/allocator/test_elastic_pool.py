@@ -25,9 +25,7 @@ def calls() -> FailingCalls:
 @pytest.fixture
 def pool(owner: Owner, calls: FailingCalls) -> Iterator[ElasticPool]:
     vmm = HostArena("kv", NUM_PAGES, PAGE_BYTES, calls)
-    pages = PagePool(
-        num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, block_bytes=PAGE_BYTES // 4, num_blocks=4 * NUM_PAGES
-    )
+    pages = PagePool(page_bytes=PAGE_BYTES, blocks_per_page=4, num_blocks=4 * NUM_PAGES)
     pool = ElasticPool(vmm, owner, pages)
     yield pool
     pool.check()
@@ -135,7 +133,7 @@ def test_block_0_stays_while_open(pool: ElasticPool) -> None:
 
 
 def test_pages_must_be_whole_granules(owner: Owner) -> None:
-    pages = PagePool(num_pages=1, page_bytes=1 << 20, block_bytes=4096, num_blocks=1)
+    pages = PagePool(page_bytes=1 << 20, blocks_per_page=1, num_blocks=1)
     vmm = HostArena("kv", 1, 1 << 20)
     with pytest.raises(ValueError, match="multiple"):
         ElasticPool(vmm, owner, pages)

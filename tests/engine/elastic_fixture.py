@@ -15,6 +15,7 @@ from prism_sgl.allocator.elastic_pool import ElasticPool
 from prism_sgl.allocator.ledger import Ledger
 from prism_sgl.allocator.page_pool import PagePool
 from prism_sgl.allocator.vmm_host import HostArena
+from prism_sgl.engine.kv_layout import KvLayout
 from prism_sgl.engine.slots import ElasticAllocator, build_allocator
 
 PAGE = 2 << 20
@@ -25,6 +26,7 @@ class KvCache:
     """What the allocators ask of SGLang's KV pool."""
 
     elastic: ElasticPool
+    layout: KvLayout
 
 
 @dataclass
@@ -62,18 +64,20 @@ def make_elastic(
     Ledger.create(path, budget_pages * PAGE, "host0")
     ledger = Ledger.open(path)
     owner = ledger.join("unit", floor=1, ceiling=budget_pages, priority=0, bell=str(folder / "bell"))
-    block_bytes = token_bytes * block_tokens
-    num_blocks = num_tokens // block_tokens + 1
-    num_pages = -(-num_blocks * block_bytes // PAGE)
-    pages = PagePool(num_pages=num_pages, page_bytes=PAGE, block_bytes=block_bytes, num_blocks=num_blocks)
-    pool = ElasticPool(HostArena("unit:kv", num_pages, PAGE), owner, pages)
+    layout = KvLayout.plan(layers=4, row_bytes=token_bytes // 8, block_tokens=block_tokens, page_bytes=PAGE)
+    pages = PagePool(
+        page_bytes=layout.page.page_bytes,
+        blocks_per_page=layout.page.blocks,
+        num_blocks=num_tokens // block_tokens + 1,
+    )
+    pool = ElasticPool(HostArena("unit:kv", pages.num_pages, pages.page_bytes), owner, pages)
     assert pool.open() is not None
     allocator = build_allocator(
         num_tokens,
         page_size=block_tokens,
         dtype=torch.float16,
         device="cpu",
-        kvcache=KvCache(pool),
+        kvcache=KvCache(pool, layout),
     )
     tree = RadixCache.create_simulated(mock_allocator=allocator, page_size=block_tokens)
     return Elastic(ledger, owner, pool, allocator, tree)
