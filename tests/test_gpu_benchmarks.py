@@ -431,3 +431,9 @@ def test_every_script_runs_through(
     failed = [row for row in rows if "not run" in row.get("note", "") and "kvcached" not in row["what"]]
     assert not failed
     assert len(rows) == num_rows, [row["what"] for row in rows]
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    from benchmarks.gpu import tables
+
+    assert tables.tables() in tables.PAGE.read_text(), "run python -m benchmarks.gpu.tables"

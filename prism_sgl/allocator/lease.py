@@ -24,6 +24,7 @@ class Lease:
         self._kind = kind
         self._page_granules = vmm.page_bytes // GRANULE_BYTES
         self._granules = 0
+        self.device_is_short = False  # the last map found no memory where the ledger had room
 
     @property
     def granules(self) -> int:
@@ -52,9 +53,11 @@ class Lease:
         """
         assert self._granules >= self._held_granules() + num_pages_in(runs) * self._page_granules
         crash_points.crash_point("between_reserve_and_map")
+        self.device_is_short = False
         try:
             self._vmm.map(runs)
         except DeviceFullError:
+            self.device_is_short = True
             return False
         finally:
             self._return_surplus()

@@ -33,8 +33,8 @@ class Overhead:
 
     def __init__(self, memory: RuntimeMemory) -> None:
         self._memory = memory
-        self._allowance_bytes = 0
         self._base_bytes = 0  # what is used beside torch's memory and pages, when last measured
+        self._wanted_bytes = 0  # what the lease shall be
         self._looked_at = 0.0
 
     def __str__(self) -> str:
@@ -43,28 +43,33 @@ class Overhead:
         return f"{held >> 20} MiB, {torch_bytes >> 20} of them torch's ({leased >> 20} leased)"
 
     def settle(self, allowance_bytes: int, timeout_s: float = _SETTLE_TIMEOUT_S) -> bool:
-        """Lease what is used now and ``allowance_bytes`` more that soon may be; False if others did not give it."""
+        """Lease what is used now and ``allowance_bytes`` more that soon may be; False if others did not give it.
+
+        What they did not give in time is asked for again by ``look``.
+        """
         memory = self._memory
         used_bytes = memory.device.used_bytes() - memory.pages_bytes()
         if used_bytes <= 0:
             return True
-        self._allowance_bytes = allowance_bytes
         self._base_bytes = used_bytes - _torch_bytes()
-        return self._lease(used_bytes + allowance_bytes, timeout_s)
+        self._wanted_bytes = used_bytes + allowance_bytes
+        return self._lease(timeout_s)
 
     def look(self) -> None:
         """At safe points: torch may have taken more than was foreseen. That is true already, so lease it."""
         if not self._base_bytes or time.monotonic() - self._looked_at < _LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
-        needed_bytes = self._base_bytes + _torch_bytes()
-        if granules(needed_bytes) > self._memory.owner.held(Kind.OVERHEAD):
-            log.warning("the engine holds %d MiB beside pages, more than foreseen", needed_bytes >> 20)
-            self._lease(needed_bytes, 0.0)
+        used_bytes = self._base_bytes + _torch_bytes()
+        if used_bytes > self._wanted_bytes:
+            log.warning("the engine holds %d MiB beside pages, more than foreseen", used_bytes >> 20)
+            self._wanted_bytes = used_bytes
+        if granules(self._wanted_bytes) > self._memory.owner.held(Kind.OVERHEAD):
+            self._lease(0.0)
 
-    def _lease(self, size_bytes: int, timeout_s: float) -> bool:
+    def _lease(self, timeout_s: float) -> bool:
         owner = self._memory.owner
-        missing = granules(size_bytes) - owner.held(Kind.OVERHEAD)
+        missing = granules(self._wanted_bytes) - owner.held(Kind.OVERHEAD)
         if missing < 0:
             owner.release(Kind.OVERHEAD, -missing)
         if missing <= 0:
@@ -72,8 +77,6 @@ class Overhead:
         got = self._memory.insist(
             lambda: owner.try_reserve(Kind.OVERHEAD, missing), missing * GRANULE_BYTES, timeout_s
         )
-        if got is None:
-            log.warning("no lease for %d MiB that the engine holds beside pages", missing * 2)
         return got is not None
 
 

@@ -31,6 +31,8 @@ _GROW_PAGES = 4
 # The last running request waits this long for its runtime's floor before SGLang may abort it.
 _FLOOR_TIMEOUT_S = 60.0
 _RETRY_S = 0.002
+# While a process outside the ledger holds the device's memory, every try is a driver call in vain.
+_STRANGER_RETRY_S = 0.05
 
 
 class SafePoint:
@@ -42,6 +44,7 @@ class SafePoint:
         self.allocator: ElasticAllocator = scheduler.token_to_kv_pool_allocator
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
+        self._device_was_short = False
         self._asked_at = -math.inf
         self._tried_at = -math.inf
 
@@ -74,7 +77,8 @@ class SafePoint:
         lacking = waiting + running - self.allocator.available_size()
         # At its ceiling an engine has nothing to ask for: its own prefix cache gives way.
         wanted = min(lacking, self.allocator.unmapped_tokens())
-        if wanted > 0 and time.monotonic() - self._tried_at > _RETRY_S:
+        pause_s = _STRANGER_RETRY_S if self._device_was_short else _RETRY_S
+        if wanted > 0 and time.monotonic() - self._tried_at > pause_s:
             self._tried_at = time.monotonic()
             gained = self.grow(wanted)
             wanted -= gained
@@ -92,9 +96,24 @@ class SafePoint:
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
-        ranges = self.allocator.elastic.grow_up_to(max(math.ceil(tokens / self._page_tokens), _GROW_PAGES))
+        pages = max(math.ceil(tokens / self._page_tokens), _GROW_PAGES)
+        # Mapping is all or nothing: page by page where the device has less than the ledger says.
+        ranges = self.allocator.elastic.grow_up_to(1 if self._device_was_short else pages)
         self.allocator.add_blocks(ranges)
+        self._tell_of_strangers(self.allocator.elastic.device_is_short)
         return sum(len(r) for r in ranges) * self.allocator.page_size
+
+    def _tell_of_strangers(self, device_is_short: bool) -> None:
+        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why."""
+        if device_is_short and not self._device_was_short:
+            log.warning(
+                "%s has no memory where its budget has room: another process holds it; requests wait. "
+                "End that process, or lower memory in [[devices]]",
+                self.memory.spec.device,
+            )
+        if self._device_was_short and not device_is_short:
+            log.info("%s has memory again", self.memory.spec.device)
+        self._device_was_short = device_is_short
 
     def ensure_usable(self, tokens: int) -> bool:
         """Wait until pages for ``tokens`` tokens are mapped, used ones included; False if they never came.

@@ -132,6 +132,19 @@ def test_block_0_stays_while_open(pool: ElasticPool) -> None:
     assert len(pool.pages.mapped_pages) == 2
 
 
+def test_a_device_that_is_full_though_the_ledger_has_room_is_told(
+    pool: ElasticPool, calls: FailingCalls, owner: Owner
+) -> None:
+    assert pool.open() is not None
+    calls.broken = {"allocate"}
+    assert pool.grow_up_to(2) == []
+    assert pool.device_is_short
+    assert owner.held(Kind.KV) == 2, "the lease in vain went back"
+    calls.broken = set()
+    assert len(pool.grow_up_to(1)) == 1
+    assert not pool.device_is_short
+
+
 def test_pages_must_be_whole_granules(owner: Owner) -> None:
     pages = PagePool(page_bytes=1 << 20, blocks_per_page=1, num_blocks=1)
     vmm = HostArena("kv", 1, 1 << 20)

@@ -35,6 +35,15 @@ arena.close()
 """
 
 
+STRANGER = """
+import time, torch
+torch.zeros(1, device="cuda")
+held = torch.empty(torch.cuda.mem_get_info()[0] - (1 << 30), dtype=torch.uint8, device="cuda")
+print("full", flush=True)
+time.sleep(3)
+"""
+
+
 def test_tokens_equal_plain_sglang(pair: Pair) -> None:
     assert answers(pair.ours) == answers(pair.stock)
 
@@ -78,6 +87,27 @@ def test_poisoned_memory_reaches_no_answer(pair: Pair) -> None:
     pair.ours.act(SLEEP)
     subprocess.run([sys.executable, "-c", POISON], check=True, timeout=120)
     pair.ours.act(WAKE)
+    assert answers(pair.ours) == before
+
+
+def test_memory_taken_outside_the_ledger_is_waited_for(pairs: dict[str, Pair]) -> None:
+    """Requests wait while a stranger holds the card, and are answered when it has gone."""
+    pair = pairs["triton-blocks"]
+    before = answers(pair.ours)
+    pair.ours.act(SLEEP)
+    pair.ours.act(WAKE_AND_WAIT)
+    mark = pair.ours.log_mark()
+    stranger = subprocess.Popen([sys.executable, "-c", STRANGER], stdout=subprocess.PIPE)
+    assert stranger.stdout is not None
+    assert stranger.stdout.readline() == b"full\n"
+    # More than the pages that the wake has mapped: they wait until the stranger has gone, three seconds later.
+    many = [Ask(seed=9000 + n, tokens=3000, new_tokens=8) for n in range(16)]
+    burst = pair.ours.burst(many)
+    assert not burst.errors
+    stranger.wait(30)
+    said = pair.ours.log_matches(r"(another process holds it)", mark)
+    assert len(said) == 1
+    assert pair.ours.log_matches(r"(has memory again)", mark)
     assert answers(pair.ours) == before
 
 
