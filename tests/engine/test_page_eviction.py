@@ -94,3 +94,52 @@ def test_cheap_pages_go_first(elastic: Elastic) -> None:
     lost = give_back(elastic, 1)
     assert lost <= 128
     assert elastic.cached(prompt(1, 304)) >= 304 - 128
+
+
+def test_random_trees_lose_whole_pages_and_nothing_that_is_held(elastic: Elastic) -> None:
+    """Prompts that share beginnings, decoded side by side, some of them held by requests; several reclaims."""
+    from array import array
+
+    import numpy as np
+    import torch
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    rng = np.random.default_rng(11)
+    block = elastic.allocator.page_size
+    held: list[list[int]] = []
+    for family in range(6):
+        shared = prompt(family, int(rng.integers(1, 5)) * 16)
+        tails = [prompt(100 * family + 10 + n, 16 * int(rng.integers(1, 5))) for n in range(3)]
+        slots = [[] for _ in tails]
+        for step in range(0, max(map(len, tails)), block):  # side by side, as decoding requests take them
+            for number, tail in enumerate(tails):
+                if step < len(tail):
+                    slots[number].append(elastic.allocator.alloc(block))
+        for number, tail in enumerate(tails):
+            ids = shared + tail
+            prefix = elastic.tree.match_prefix(
+                MatchPrefixParams(key=RadixKey(array("q", ids)))
+            ).device_indices
+            missing = len(shared) - len(prefix)
+            head = [elastic.allocator.alloc(missing)] if missing > 0 else []
+            value = torch.cat((prefix, *head, *slots[number]))
+            elastic.tree.insert(InsertParams(key=RadixKey(array("q", ids)), value=value))
+            if rng.random() < 0.2:
+                node = elastic.tree.match_prefix(
+                    MatchPrefixParams(key=RadixKey(array("q", ids)))
+                ).last_device_node
+                elastic.tree.inc_lock_ref(node)
+                held.append(ids)
+    assert held
+    for goal in (1, 2, 5, 30):
+        empty = len(elastic.allocator.empty_pages())
+        total = elastic.tree.total_size()
+        lost = evict_pages(elastic.tree, elastic.allocator, goal)
+        gained = len(elastic.allocator.empty_pages()) - empty
+        elastic.allocator.check()
+        assert elastic.tree.total_size() == total - lost
+        assert (lost > 0) == (gained > 0)
+        assert all(elastic.cached(ids) == len(ids) for ids in held)
+    # Nothing more can come free: every page left holds a token that is held, or block 0.
+    assert evict_pages(elastic.tree, elastic.allocator, 1) == 0
