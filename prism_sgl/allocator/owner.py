@@ -210,6 +210,14 @@ class Owner:
             doorbell.ring(bell)
         return posted
 
+    def overdue_victims(self) -> list[str]:
+        """Names of those that have not met a target of ours in time. They are asked again, and others instead."""
+        now_ns = time.monotonic_ns()
+        with self._table.lock:
+            owners = {owner.slot: owner for owner in self._table.owners()}
+            late = [p for p in self._posted if p.target.overdue(now_ns) and _owed(p, owners) > 0]
+        return sorted({post.name for post in late})
+
     def _ask(self, granules: int, now_ns: int, deadline_ns: int) -> None:
         """Say that we wait, keeping our place in the line if we did already."""
         began_ns = min(self._asked_at(now_ns), now_ns)

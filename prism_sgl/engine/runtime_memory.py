@@ -69,6 +69,7 @@ class RuntimeMemory:
         self.arrival: Arrival | None = None  # set with the weights
         self.overhead = Overhead(self)
         self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
+        self._told_late: list[str] = []
         self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)
 
     @classmethod
@@ -127,6 +128,12 @@ class RuntimeMemory:
 
     def ask_neighbours(self, wanted: int) -> None:
         """Post reclaim targets for ``wanted`` granules, after what dead owners left has been taken back."""
+        late = self.owner.overdue_victims()
+        if late and late != self._told_late:
+            log.warning(
+                "%s did not give memory within %g s; others are asked", ", ".join(late), TARGET_DEADLINE_S
+            )
+        self._told_late = late
         self.ledger.reap(self.device.free_granules())
         missing = wanted - self.ledger.totals().free
         if missing > 0:

@@ -16,7 +16,7 @@ from prism_sgl.allocator.vmm import GRANULE_BYTES
 from prism_sgl.engine.overhead import prefill_bytes
 from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError
 from prism_sgl.engine.safe_point import SafePoint
-from prism_sgl.errors import PrismError
+from prism_sgl.errors import PrismError, VmmError
 from prism_sgl.messages import RuntimeFacts, RuntimeState
 from prism_sgl.units import granules
 
@@ -130,6 +130,7 @@ def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
 
     Raises:
         ShortageError: memory did not come in ``timeout_s``. Everything taken has been given back.
+        VmmError: the driver failed; likewise, as far as it lets go.
     """
     memory, point = _complete()
     weights, arrival = memory.weights, memory.arrival
@@ -139,7 +140,12 @@ def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
     began = time.perf_counter()
     missing_bytes = weights.missing_bytes
     memory.owner.set_state(RuntimeState.WAKING)
-    if memory.insist(weights.wake, missing_bytes, timeout_s) is None:
+    try:
+        woken = memory.insist(weights.wake, missing_bytes, timeout_s)
+    except VmmError:
+        _rest(memory, RuntimeState.ASLEEP)  # so that neighbours may still ask for what is left
+        raise
+    if woken is None:
         _rest(memory, RuntimeState.ASLEEP)
         raise ShortageError(f"shortage: no room for {missing_bytes >> 20} MiB of weights")
     if missing_bytes:

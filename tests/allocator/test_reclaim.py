@@ -171,6 +171,18 @@ def test_a_target_is_posted_rung_and_answered(ledger: Ledger, tmp_path: Path) ->
     assert victim.target() is None
 
 
+def test_a_victim_that_does_not_answer_in_time_is_named_until_it_does(ledger: Ledger) -> None:
+    victim = join(ledger, "victim")
+    asker = join(ledger, "asker", floor=90)
+    assert victim.try_reserve(Kind.KV, 100)
+    asker.post_targets(10, 60.0)
+    assert asker.overdue_victims() == []
+    asker.post_targets(20, 0.0)
+    assert asker.overdue_victims() == ["victim"]
+    victim.release(Kind.KV, 20)
+    assert asker.overdue_victims() == []
+
+
 def test_two_askers_add_up_and_one_that_asks_again_does_not(ledger: Ledger) -> None:
     victim = join(ledger, "victim", floor=10)
     first, second = join(ledger, "first", floor=90), join(ledger, "second", floor=90)
