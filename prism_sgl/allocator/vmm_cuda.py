@@ -13,16 +13,16 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
+from prism_sgl.allocator.arena import MAPPED, STUCK, UNMAPPED, ArenaPages
 from prism_sgl.allocator.cuda_calls import CudaCalls, DriverError
-from prism_sgl.allocator.vmm import DeviceFullError, address_of, merge_runs
+from prism_sgl.allocator.vmm import DeviceFullError, address_of
 from prism_sgl.errors import VmmError
 
-_UNMAPPED, _MAPPED, _STUCK = 0, 1, 2
 # Large enough to run at the speed of the link, small enough that the first layers arrive early.
 _COPY_BYTES = 128 << 20
 
 
-class CudaArena:
+class CudaArena(ArenaPages):
     """A ``Vmm`` on GPU memory.
 
     Invariants: a mapped page may be touched by the card; an unmapped page faults and holds nothing; a stuck page
@@ -45,13 +45,8 @@ class CudaArena:
             unit_bytes = self._calls.granularity()
         except DriverError as error:
             raise VmmError(f"{name}: device {device} does not answer: {error}") from error
-        if num_pages <= 0 or page_bytes <= 0 or page_bytes % unit_bytes:
-            raise ValueError(f"{num_pages} pages of {page_bytes} bytes")
-        self.name = name
-        self.num_pages = num_pages
-        self.page_bytes = page_bytes
+        super().__init__(name, num_pages, page_bytes, unit_bytes)
         self._zeroed = zeroed
-        self._states = bytearray(num_pages)
         # Handles that could not be released, by page: their memory outlives the mapping.
         self._unreleased: dict[int, int] = {}
         # Something is mapped there; differs from _states on stuck pages only.
@@ -61,7 +56,6 @@ class CudaArena:
         self._spare_events: list[int] = []
         # What close does when no page holds memory any more, last first: a step that fails can be done again.
         self._undo: list[Callable[[], None]] = []
-        self._is_open = True
         try:
             self._stream = self._calls.new_stream()
             self._undo.append(functools.partial(self._calls.destroy_stream, self._stream))
@@ -74,21 +68,6 @@ class CudaArena:
                 f"{name}: cannot reserve {self.size_bytes} bytes of GPU addresses: {error}"
             ) from error
 
-    @property
-    def size_bytes(self) -> int:
-        return self.num_pages * self.page_bytes
-
-    @property
-    def mapped_bytes(self) -> int:
-        return self._states.count(_MAPPED) * self.page_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        return (self.num_pages - self._states.count(_UNMAPPED)) * self.page_bytes
-
-    def is_mapped(self, page: int) -> bool:
-        return self._states[page] == _MAPPED
-
     def physical_bytes(self) -> int:
         """The driver does not tell it for one range: what our calls have left there."""
         return sum(map(self._holds_memory, range(self.num_pages))) * self.page_bytes
@@ -97,7 +76,7 @@ class CudaArena:
         merged = self._checked(runs, mapped=False)
         self._free_stuck()
         for run in merged:
-            if _STUCK in self._states[run.start : run.stop]:
+            if STUCK in self._states[run.start : run.stop]:
                 raise VmmError(f"{self.name}: pages {run} are stuck")
         try:
             for run in merged:
@@ -107,12 +86,12 @@ class CudaArena:
         except DriverError as error:
             for page in (page for run in merged for page in run):
                 if self._holds_memory(page):
-                    self._states[page] = _STUCK
+                    self._states[page] = STUCK
             self._free_stuck()
             kind = DeviceFullError if error.is_shortage else VmmError
             raise kind(f"{self.name}: cannot map {merged}: {error}") from error
         for run in merged:
-            self._mark(run, _MAPPED)
+            self._mark(run, MAPPED)
 
     def unmap(self, runs: Sequence[range]) -> None:
         merged = self._checked(runs, mapped=True)
@@ -124,7 +103,7 @@ class CudaArena:
             except DriverError as error:
                 raise VmmError(f"{self.name}: cannot unmap {run}: {error}") from error
             self._bound[run.start : run.stop] = bytes(len(run))
-            self._mark(run, _UNMAPPED)
+            self._mark(run, UNMAPPED)
 
     def prepare_source(self, source: memoryview) -> None:
         """Page-lock: copies from pageable memory run at a fraction of the link and block the caller."""
@@ -199,10 +178,10 @@ class CudaArena:
         self._is_open = False
         self.settle()
         for page in range(self.num_pages):
-            if self._states[page] == _MAPPED:
-                self._states[page] = _STUCK
+            if self._states[page] == MAPPED:
+                self._states[page] = STUCK
         self._free_stuck()
-        if _STUCK in self._states:
+        if STUCK in self._states:
             raise VmmError(f"{self.name}: {self.held_bytes} bytes cannot be unmapped")
         try:
             while self._undo:
@@ -212,10 +191,10 @@ class CudaArena:
             raise VmmError(f"{self.name}: cannot release its addresses: {error}") from error
 
     def check(self) -> None:
-        assert all(state in (_UNMAPPED, _MAPPED, _STUCK) for state in self._states)
+        assert all(state in (UNMAPPED, MAPPED, STUCK) for state in self._states)
         for page, state in enumerate(self._states):
-            assert self._holds_memory(page) is (state != _UNMAPPED), page
-            if state == _MAPPED:
+            assert self._holds_memory(page) is (state != UNMAPPED), page
+            if state == MAPPED:
                 assert self._bound[page] and page not in self._unreleased, page
         assert self.physical_bytes() == self.held_bytes
         ends = [end for end, _ in self._arrivals]
@@ -237,14 +216,14 @@ class CudaArena:
 
     def _free_stuck(self) -> None:
         """Try again to free what failed calls have left behind. Failing again changes nothing."""
-        if _STUCK not in self._states:
+        if STUCK not in self._states:
             return
         try:
             self._calls.synchronize(self._stream)  # the card may be about to fill them with zeros
         except DriverError:
             return
         for page in range(self.num_pages):
-            if self._states[page] != _STUCK:
+            if self._states[page] != STUCK:
                 continue
             try:
                 if self._bound[page]:
@@ -255,7 +234,7 @@ class CudaArena:
                     del self._unreleased[page]
             except DriverError:
                 continue  # still stuck, and counted as held
-            self._states[page] = _UNMAPPED
+            self._states[page] = UNMAPPED
 
     def _holds_memory(self, page: int) -> bool:
         return bool(self._bound[page]) or page in self._unreleased
@@ -269,29 +248,10 @@ class CudaArena:
         self._spare_events += [event for _, event in self._arrivals]
         self._arrivals.clear()
 
-    def _check_span(self, offset: int, size_bytes: int) -> None:
-        if offset < 0 or offset + size_bytes > self.size_bytes:
-            raise ValueError(f"{size_bytes} bytes at {offset} do not fit into {self.size_bytes}")
-        if size_bytes:
-            last = (offset + size_bytes - 1) // self.page_bytes
-            self._checked([range(offset // self.page_bytes, last + 1)], mapped=True)
-
-    def _checked(self, runs: Sequence[range], *, mapped: bool) -> list[range]:
-        if not self._is_open:
-            raise ValueError(f"{self.name} is closed")
-        merged = merge_runs(runs)
-        for run in merged:
-            if run.start < 0 or run.stop > self.num_pages:
-                raise ValueError(f"{self.name} has no pages {run}: it has {self.num_pages}")
-            if any((self._states[page] == _MAPPED) is not mapped for page in run):
-                raise ValueError(f"{self.name}: pages {run} are {'not all' if mapped else 'partly'} mapped")
-        return merged
-
     def _bytes_of(self, run: range) -> tuple[int, int]:
-        return self.base + run.start * self.page_bytes, len(run) * self.page_bytes
-
-    def _mark(self, run: range, state: int) -> None:
-        self._states[run.start : run.stop] = bytes([state]) * len(run)
+        """(address, size)"""
+        offset, size_bytes = self._span_of(run)
+        return self.base + offset, size_bytes
 
 
 def gives_zeroed_memory(calls: CudaCalls, page_bytes: int) -> bool:

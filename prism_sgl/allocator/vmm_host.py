@@ -13,17 +13,17 @@ import errno
 import os
 from collections.abc import Sequence
 
+from prism_sgl.allocator.arena import MAPPED, STUCK, UNMAPPED, ArenaPages
 from prism_sgl.allocator.host_calls import HostCalls
-from prism_sgl.allocator.vmm import DeviceFullError, merge_runs
+from prism_sgl.allocator.vmm import DeviceFullError
 from prism_sgl.errors import VmmError
 
 _MAX_NAME_BYTES = 240  # memfd_create takes 249
 _SHORTAGE = frozenset({errno.ENOSPC, errno.ENOMEM})
-_UNMAPPED, _MAPPED, _STUCK = 0, 1, 2
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
 
 
-class HostArena:
+class HostArena(ArenaPages):
     """A ``Vmm`` on host memory.
 
     Invariants: a mapped page has all its memory; an unmapped page has none and faults; a stuck page (a call
@@ -31,13 +31,8 @@ class HostArena:
     """
 
     def __init__(self, name: str, num_pages: int, page_bytes: int, calls: HostCalls | None = None) -> None:
-        if num_pages <= 0 or page_bytes <= 0 or page_bytes % os.sysconf("SC_PAGE_SIZE"):
-            raise ValueError(f"{num_pages} pages of {page_bytes} bytes")
-        self.name = name
-        self.num_pages = num_pages
-        self.page_bytes = page_bytes
+        super().__init__(name, num_pages, page_bytes, unit_bytes=os.sysconf("SC_PAGE_SIZE"))
         self._calls = HostCalls() if calls is None else calls
-        self._states = bytearray(num_pages)
         file_name = f"prism:{name}".encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
         try:
             self._fd = self._calls.memory_file(file_name, self.size_bytes)
@@ -49,23 +44,8 @@ class HostArena:
             os.close(self._fd)
             raise VmmError(f"{name}: cannot reserve {self.size_bytes} bytes of addresses: {error}") from error
 
-    @property
-    def size_bytes(self) -> int:
-        return self.num_pages * self.page_bytes
-
-    @property
-    def mapped_bytes(self) -> int:
-        return self._states.count(_MAPPED) * self.page_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        return (self.num_pages - self._states.count(_UNMAPPED)) * self.page_bytes
-
-    def is_mapped(self, page: int) -> bool:
-        return self._states[page] == _MAPPED
-
     def physical_bytes(self) -> int:
-        return 0 if self._fd < 0 else os.fstat(self._fd).st_blocks * _BLOCK_BYTES
+        return os.fstat(self._fd).st_blocks * _BLOCK_BYTES if self._is_open else 0
 
     def map(self, runs: Sequence[range]) -> None:
         merged = self._checked(runs, mapped=False)
@@ -73,16 +53,16 @@ class HostArena:
         started: list[range] = []
         try:
             for run in merged:
-                if any(self._states[page] == _STUCK for page in run):
+                if any(self._states[page] == STUCK for page in run):
                     raise VmmError(f"{self.name}: pages {run} are stuck")
                 started.append(run)
-                offset, size_bytes = self._bytes_of(run)
+                offset, size_bytes = self._span_of(run)
                 self._calls.allocate(self._fd, offset, size_bytes)
                 self._calls.map(self.base + offset, size_bytes, self._fd, offset)
-                self._mark(run, _MAPPED)
+                self._mark(run, MAPPED)
         except (OSError, VmmError) as error:
             for run in started:
-                self._mark(run, _STUCK)
+                self._mark(run, STUCK)
             self._free_stuck()
             if isinstance(error, VmmError):
                 raise
@@ -93,14 +73,14 @@ class HostArena:
         merged = self._checked(runs, mapped=True)
         self._free_stuck()
         for run in merged:
-            offset, size_bytes = self._bytes_of(run)
+            offset, size_bytes = self._span_of(run)
             try:
                 self._calls.hide(self.base + offset, size_bytes)
-                self._mark(run, _STUCK)
+                self._mark(run, STUCK)
                 self._calls.punch(self._fd, offset, size_bytes)
             except OSError as error:
                 raise VmmError(f"{self.name}: cannot unmap {run}: {error}") from error
-            self._mark(run, _UNMAPPED)
+            self._mark(run, UNMAPPED)
 
     def prepare_source(self, source: memoryview) -> None:
         pass  # the processor copies from any memory
@@ -123,18 +103,18 @@ class HostArena:
         pass
 
     def close(self) -> None:
-        if self._fd < 0:
+        if not self._is_open:
             return
-        fd, self._fd = self._fd, -1
-        self._mark(range(self.num_pages), _UNMAPPED)
-        os.close(fd)  # with the mapping gone too, the last reference to the memory
+        self._is_open = False
+        self._mark(range(self.num_pages), UNMAPPED)
+        os.close(self._fd)  # with the mapping gone too, the last reference to the memory
         try:
             self._calls.release(self.base, self.size_bytes)
         except OSError as error:
             raise VmmError(f"{self.name}: cannot release its addresses: {error}") from error
 
     def check(self) -> None:
-        assert all(state in (_UNMAPPED, _MAPPED, _STUCK) for state in self._states)
+        assert all(state in (UNMAPPED, MAPPED, STUCK) for state in self._states)
         physical = self.physical_bytes()
         # Less than mapped: a page would be filled at first touch, and SIGBUS when that fails. More than held:
         # a leak that no lease covers.
@@ -146,37 +126,17 @@ class HostArena:
 
     def _free_stuck(self) -> None:
         """Try again to free what failed calls have left behind. Failing again changes nothing."""
-        for page in range(self.num_pages) if _STUCK in self._states else ():
-            if self._states[page] == _STUCK:
-                offset, size_bytes = self._bytes_of(range(page, page + 1))
+        for page in range(self.num_pages) if STUCK in self._states else ():
+            if self._states[page] == STUCK:
+                offset, size_bytes = self._span_of(range(page, page + 1))
                 try:
                     self._calls.hide(self.base + offset, size_bytes)
                     self._calls.punch(self._fd, offset, size_bytes)
                 except OSError:
                     continue  # still stuck, and counted as held
-                self._states[page] = _UNMAPPED
+                self._states[page] = UNMAPPED
 
     def _span(self, offset: int, size_bytes: int) -> memoryview:
         """These bytes, which must be mapped."""
-        last = offset + size_bytes - 1
-        if offset < 0 or last >= self.size_bytes:
-            raise ValueError(f"{size_bytes} bytes at {offset} do not fit into {self.size_bytes}")
-        self._checked([range(offset // self.page_bytes, last // self.page_bytes + 1)], mapped=True)
+        self._check_span(offset, size_bytes)
         return memoryview((ctypes.c_char * size_bytes).from_address(self.base + offset)).cast("B")
-
-    def _checked(self, runs: Sequence[range], *, mapped: bool) -> list[range]:
-        if self._fd < 0:
-            raise ValueError(f"{self.name} is closed")
-        merged = merge_runs(runs)
-        for run in merged:
-            if run.start < 0 or run.stop > self.num_pages:
-                raise ValueError(f"{self.name} has no pages {run}: it has {self.num_pages}")
-            if any((self._states[page] == _MAPPED) is not mapped for page in run):
-                raise ValueError(f"{self.name}: pages {run} are {'not all' if mapped else 'partly'} mapped")
-        return merged
-
-    def _bytes_of(self, run: range) -> tuple[int, int]:
-        return run.start * self.page_bytes, len(run) * self.page_bytes
-
-    def _mark(self, run: range, state: int) -> None:
-        self._states[run.start : run.stop] = bytes([state]) * len(run)
