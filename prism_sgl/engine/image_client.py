@@ -11,6 +11,7 @@ import hashlib
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from prism_sgl import addresses, messages
@@ -51,28 +52,34 @@ class ImageMemory:
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self._name = name
-        self._image: Image | None = None
-        self._thread = threading.Thread(target=self._allocate, args=(size_bytes,), name="image memory")
-        self._thread.start()
+        self._allocation: Future[Image | None] = Future()
+        threading.Thread(target=self._allocate, args=(size_bytes,), name="image memory", daemon=True).start()
 
     def take(self, size_bytes: int) -> Image:
-        """Raises VmmError: the host has no memory for it."""
-        self._thread.join()
-        image, self._image = self._image, None
+        """Once. Raises VmmError: the host has no memory for it."""
+        image = self._allocation.result()
         if image is None:
             return Image.create(self._name, size_bytes)
+        self._allocation = Future()  # it is the caller's now
         image.resize(size_bytes)
         return image
 
     def close(self) -> None:
-        self._thread.join()
-        if self._image is not None:
-            self._image.close()
+        """Give back what nobody has taken, as soon as the kernel has made it: the start does not wait for that."""
+        self._allocation.add_done_callback(_close_image)
 
     def _allocate(self, size_bytes: int) -> None:
+        image = None
         if size_bytes > 0:
             with contextlib.suppress(VmmError):  # it is said when it is needed, and perhaps it is not
-                self._image = Image.create(self._name, size_bytes)
+                image = Image.create(self._name, size_bytes)
+        self._allocation.set_result(image)
+
+
+def _close_image(allocation: Future[Image | None]) -> None:
+    image = allocation.result()
+    if image is not None:
+        image.close()
 
 
 def fetch_image(
