@@ -98,7 +98,7 @@ class _Worker:
         assert self.pool
         if not self.pool.is_open:
             return 0
-        pages = sorted(p for p in self.pool.pages.mapped_pages if not self.pool.pages.is_pinned(p))
+        pages = sorted(p for p in self.pool.pages.mapped_pages if p != self.pool.pages.pinned_page)
         chosen = pages[len(pages) - num_pages :] if num_pages < len(pages) else pages
         self.pool.shrink([range(p, p + 1) for p in chosen])
         return len(chosen)

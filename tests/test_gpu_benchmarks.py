@@ -71,6 +71,9 @@ class StandInEngine:
     def resume_memory_occupation(self) -> None:
         print("resumed", flush=True)
 
+    def flush_cache(self) -> None:
+        print("flushed", flush=True)
+
     def shutdown(self) -> None:
         print("shut down", flush=True)
 
