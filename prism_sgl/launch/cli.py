@@ -14,6 +14,7 @@ from rich.table import Table
 from prism_sgl import config
 from prism_sgl.errors import EXIT_FAILURE, EXIT_OK, EXIT_TEMPFAIL, EXIT_UNAVAILABLE, PrismError
 from prism_sgl.launch.__main__ import main as launch
+from prism_sgl.launch.replay.commands import plan, replay
 from prism_sgl.units import show_size
 
 _READ_TIMEOUT_S = 10.0
@@ -63,6 +64,10 @@ def serve(context: click.Context, file: str, check: bool) -> None:
 def check(context: click.Context, file: str) -> None:
     """Say whether a models.toml is right; exit code 78 if not."""
     context.exit(launch(["--config", file, "--check"]))
+
+
+cli.add_command(replay)
+cli.add_command(plan)
 
 
 @cli.command()

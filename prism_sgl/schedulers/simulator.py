@@ -12,6 +12,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from prism_sgl.config import Config
 from prism_sgl.messages import (
@@ -41,6 +42,25 @@ from prism_sgl.schedulers.controller import (
     ToRuntime,
 )
 from prism_sgl.schedulers.virtual import VirtualApi, VirtualRuntime
+
+
+class Peer(Protocol):
+    """What the world needs of a runtime. ``VirtualRuntime`` costs what it is told; ``replay/runtime.py`` computes."""
+
+    connected: bool
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def held_bytes(self) -> int: ...
+    def start(self) -> None: ...
+    def die(self) -> None: ...
+    def receive(self, message: object) -> None: ...
+    def forward(self, api: VirtualApi, key: RequestKey, prompt_tokens: int, new_tokens: int) -> None: ...
+    def cancel(self, key: RequestKey) -> None: ...
+
+
+MakeRuntime = Callable[[RuntimeId, str, str, "World"], Peer]
 
 
 @dataclass(frozen=True)
@@ -81,10 +101,12 @@ class World:
         wake_fails: Callable[[RuntimeId], str | None] = lambda runtime: None,
         on_step: Callable[[World], None] = lambda world: None,
         on_command: Callable[[World, Command], None] = lambda world, command: None,
+        make_runtime: MakeRuntime = VirtualRuntime,
     ) -> None:
         self.config, self.facts, self.costs = config, facts, costs or Costs()
         self.load_fails, self.wake_fails = load_fails, wake_fails
         self._on_step, self._on_command = on_step, on_command
+        self._make_runtime = make_runtime
         self.now = 0.0
         self.log = hashlib.sha256()
         self.num_commands = 0
@@ -98,7 +120,7 @@ class World:
         self._tick_at: float | None = None
         self.epoch = 1
         self.controller = Controller(config, epoch=self.epoch)
-        self.runtimes: dict[RuntimeId, VirtualRuntime] = {}
+        self.runtimes: dict[RuntimeId, Peer] = {}
         self.apis = {name: VirtualApi(name, self) for name in apis}
         self._from_supervisor(SupervisorHello(alive=[]))
         for api in self.apis.values():
@@ -214,7 +236,7 @@ class World:
             case StartRuntime(runtime=runtime_id, model=model, device=device):
                 if runtime_id in self.runtimes:
                     return
-                runtime = self.runtimes[runtime_id] = VirtualRuntime(runtime_id, model, device, self)
+                runtime = self.runtimes[runtime_id] = self._make_runtime(runtime_id, model, device, self)
                 runtime.start()
             case StopRuntime(runtime=runtime_id, reason=reason):
                 if runtime_id in self.runtimes:

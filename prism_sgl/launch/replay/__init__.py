@@ -1,0 +1,1 @@
+"""Files that a replay reads and writes: fleets, traces, measured costs, results, plots."""

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from prism_sgl.schedulers.replay import policies
+from prism_sgl.schedulers.replay.fixed import split_kv
+from prism_sgl.schedulers.replay.outcomes import summarise
+from prism_sgl.schedulers.replay.spec import Arrival, Fleet, Replayed, Slo
+from prism_sgl.schedulers.replay.splits import candidates
+from tests.schedulers.fleets import COSTS, MIB, fleet, spec, steady
+
+
+def mixed(*names: str) -> list[Arrival]:
+    listed = [a for i, name in enumerate(names) for a in steady(name, 30, 0.3 + i * 0.1)]
+    return sorted(listed, key=lambda a: a.at_s)
+
+
+def play(policy: str, over: Fleet, arrivals: list[Arrival]) -> Replayed:
+    return policies.tunings(policy, over, arrivals, check=True)[0].replay(arrivals, lambda done: None)
+
+
+def slos(over: Fleet) -> dict[str, Slo]:
+    return {m.name: m.slo for m in over.models}
+
+
+@pytest.mark.parametrize("policy", policies.NAMES)
+def test_every_policy_answers_a_light_trace(policy: str) -> None:
+    over = fleet(spec("a"), spec("b"), devices=2)
+    replayed = play(policy, over, mixed("a", "b"))
+    summary = summarise(replayed, slos(over))
+    assert (summary.requests, summary.failed) == (60, 0)
+    assert summary.ttft_p50_s > COSTS.latency_s
+
+
+@pytest.mark.parametrize("policy", policies.NAMES)
+def test_same_inputs_give_the_same_log(policy: str) -> None:
+    over = fleet(spec("a"), spec("b"), spec("c"), devices=2)
+    arrivals = mixed("a", "b", "c")
+    first, second = play(policy, over, arrivals), play(policy, over, arrivals)
+    assert first.log == second.log
+    assert [o.ended_at for o in first.outcomes] == [o.ended_at for o in second.outcomes]
+
+
+def test_models_that_cannot_all_be_awake_are_served_by_those_that_may_sleep() -> None:
+    over = fleet(spec("a"), spec("b"), spec("c"), device_mib=7400)  # two of three
+    arrivals = [Arrival(20.0 * i, name, 100, 20) for i, name in enumerate("abcabc")]
+    prism, static = play("prism", over, arrivals), play("static", over, arrivals)
+    assert summarise(prism, slos(over)).failed == 0
+    assert prism.wakes >= 2
+    assert summarise(static, slos(over)).failed == 2
+
+
+def test_paper_moves_a_model_off_a_hot_device_and_loses_nothing() -> None:
+    over = fleet(spec("a"), spec("b"), spec("c"), spec("d"), devices=2, device_mib=11000)
+    hot = [name for name, devices in play("paper", over, []).placement.items() if devices]
+    assert hot == ["gpu0", "gpu1"]
+    here = play("paper", over, []).placement["gpu0"]
+    arrivals = sorted((a for name in here for a in steady(name, 400, 0.1)), key=lambda a: (a.at_s, a.model))
+    replayed = play("paper", over, arrivals)
+    assert replayed.migrations > 0
+    assert summarise(replayed, slos(over)).failed == 0
+
+
+def test_model_on_two_devices_is_served_by_every_policy() -> None:
+    wide = replace(spec("wide"), tp=2)
+    over = fleet(wide, spec("a"), devices=2)
+    arrivals = mixed("wide", "a")
+    for policy in ("prism", "static", "muxserve", "paper", "prototype"):
+        assert summarise(play(policy, over, arrivals), slos(over)).failed == 0, policy
+
+
+def test_static_split_follows_the_rates_and_leaves_each_its_floor() -> None:
+    over = fleet(spec("a"), spec("b"))
+    kv_bytes = split_kv(over, {"a": (0,), "b": (0,)}, {"a": 100.0, "b": 0.0})
+    assert kv_bytes["b"] == COSTS.floor_bytes
+    assert kv_bytes["a"] == 600 * MIB  # 7,000 less two models of 3,148 and one floor, in pages of 10
+
+
+def test_candidates_begin_with_the_even_load() -> None:
+    over = fleet(spec("a"), spec("b"), spec("c"), devices=2, device_mib=10000)
+    best = candidates(over, {"a": 0.6, "b": 0.3, "c": 0.3}, 2)[0]
+    assert best["b"] == best["c"] != best["a"]
+
+
+def test_failed_request_counts_as_missed() -> None:
+    over = fleet(spec("a"))
+    replayed = play("muxserve", over, steady("a", 4, 1.0))
+    replayed.outcomes[0].ended_at, replayed.outcomes[0].failure = None, "lost"
+    summary = summarise(replayed, slos(over))
+    assert summary.failed == 1
+    assert summary.ttft_attainment == 0.75
+
+
+def test_candidates_leave_models_out_where_not_all_fit() -> None:
+    over = fleet(spec("a"), spec("b"), spec("c"))  # two of three
+    found = candidates(over, {"a": 0.1, "b": 0.3, "c": 0.2}, 4)
+    assert [sorted(placement) for placement in found] == [["b", "c"], ["b"]]
