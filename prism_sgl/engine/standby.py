@@ -74,7 +74,10 @@ class Standby:
             self._end_all()
 
     def _obey(self) -> bool:
-        data = self.channel.recv(_MESSAGE_BYTES)
+        try:
+            data = self.channel.recv(_MESSAGE_BYTES)
+        except ConnectionResetError:  # it closed before it had read all that we told it: an end like any other
+            data = b""
         if not data:
             return False
         match messages.decode_supervisor_to_standby(data):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,3 +296,22 @@ def test_card_of_an_index_is_the_only_one_that_its_workers_see() -> None:
     assert one_card(1, {"CUDA_VISIBLE_DEVICES": "4, GPU-7f"}) == {"CUDA_VISIBLE_DEVICES": "GPU-7f"}
     with pytest.raises(ConfigError, match=r"devices.index is 2, but CUDA_VISIBLE_DEVICES is 4,5"):
         one_card(2, {"CUDA_VISIBLE_DEVICES": "4,5"})
+
+
+def test_a_supervisor_that_ends_with_messages_unread_is_an_end_like_any_other(room: Room) -> None:
+    """The kernel then says "connection reset" and not "end of file"."""
+    waiter = room.waiter()
+    waiter.say("imported")
+    unread = socket.socket(fileno=os.dup(room.channel.fileno()))
+    deadline = time.monotonic() + TIMEOUT_S
+    while not _has_bytes(unread):
+        assert time.monotonic() < deadline
+    unread.close()
+    # The fixture closes the channel without having read StandbyReady, and asks for exit code 0.
+
+
+def _has_bytes(channel: socket.socket) -> bool:
+    try:
+        return bool(channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return False
