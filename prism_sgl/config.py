@@ -52,7 +52,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     min_residence_s: float = 2.0  # a model that woke stays at least this long
     max_wait_s: float = 10.0  # a request that waited so long for memory lets its model take turns
     window_s: float = 60.0  # token rates are averages over this
-    prefill_window: int = 4  # granted requests a device that have no first token yet
+    prefill_window: int = 4  # a device may have as many without a first token, however long their prefill
     start_parallel: int = 2  # engines that may start at the same time
     min_move_gain: float = 0.10
 

@@ -41,6 +41,15 @@ class RequestKey(msgspec.Struct, frozen=True):
     attempt: int
 
 
+class Due(msgspec.Struct, frozen=True, kw_only=True):
+    """By when the first token of a granted request is promised, and how the router orders it."""
+
+    in_s: float  # from when this is sent; negative: it is late
+    waited_s: float  # since the client's request arrived
+    priority: int  # the user's, the tier's and the model's together; bigger is sooner
+    needed_s: float  # its prefill, as the router has learned it of the model
+
+
 class RuntimeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What only the loaded engine knows. Bytes are whole granules."""
 
@@ -95,6 +104,7 @@ class Submit(Message, frozen=True):
     ttft_s: float | None = None  # None: the model's default
     tpot_s: float | None = None
     waited_s: float = 0.0  # since the client's request arrived
+    service_tier: str = ""  # OpenAI's: a key of schedulers/dispatch.py's TIERS
 
 
 class Abandon(Message, frozen=True):
@@ -147,6 +157,7 @@ class Grant(Message, frozen=True):
     runtime: RuntimeId
     queued_s: float = 0.0
     activation_s: float = 0.0  # of queued_s, the time in which the model started or woke
+    due: Due | None = None
 
 
 class Refuse(Message, frozen=True):
@@ -193,6 +204,14 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     starts: int = 0
     last_wake_s: float = 0.0
     last_sleep_s: float = 0.0
+    slack_s: float | None = (
+        None  # of the queued request that has least; negative: it is late. None: none waits
+    )
+    late: int = 0  # queued requests that are late even if they ran at once
+    prefill_alpha_s: float = 0.0  # learned: a prefill takes alpha_s + uncached tokens / tokens_per_s
+    prefill_tokens_per_s: float = 0.0  # 0: too fast to tell
+    hit_ratio: float = 0.0  # learned: the part of a prompt that the prefix cache has
+    answer_tokens: int = 0  # learned: how long an answer gets
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -389,6 +408,7 @@ class Forward(Message, frozen=True):
     headers: list[tuple[bytes, bytes]]
     credit: int  # chunks that may be sent before more credit comes
     counted: bool = True  # False: not a generation (model info and the like), no Finished for the router
+    due: Due | None = None  # as the Grant had it
 
 
 class Credit(Message, frozen=True):

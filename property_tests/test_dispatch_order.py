@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_sgl.schedulers.dispatch import order
+from prism_sgl.deadline_order import AGED_EVERY, aged_at, order
 
 NOW = 100.0
 MAX_WAIT_S = 10.0
@@ -23,7 +25,7 @@ class Job:
     priority: int = 0
 
 
-def jobs(priorities: tuple[int, ...], oldest_s: int, most: int = 7) -> st.SearchStrategy[list[Job]]:
+def jobs(priorities: tuple[int, ...], oldest_s: int, most: int = 8) -> st.SearchStrategy[list[Job]]:
     job = st.builds(
         lambda needs, age, slack, priority: Job(0, needs, NOW - age, NOW + slack, priority),
         st.integers(1, 8),
@@ -78,34 +80,69 @@ def test_smaller_priority_never_makes_a_bigger_one_late(waiting: list[Job]) -> N
     assert len(good) == len(best(top))
 
 
+def is_aged(job: Job, now: float = NOW) -> bool:
+    return aged_at(job, MAX_WAIT_S) < now
+
+
 @settings(derandomize=True, database=None, max_examples=200)
-@given(waiting=jobs((0, 1), oldest_s=30, most=20))
-def test_aged_ones_go_first_and_oldest_first(waiting: list[Job]) -> None:
-    ordered = run(waiting)
-    assert sorted(job.number for job in ordered) == [job.number for job in waiting]
-    aged = [job for job in ordered if NOW - job.arrival > MAX_WAIT_S]
-    assert ordered[: len(aged)] == aged
-    assert [job.arrival for job in aged] == sorted(job.arrival for job in aged)
+@given(waiting=jobs((0,), oldest_s=30))
+def test_what_can_be_in_time_goes_before_all_that_cannot(waiting: list[Job]) -> None:
+    ordered = [job for job in run(waiting) if not is_aged(job)]
+    hopeless = [job for job in ordered if NOW + job.needs_s > job.deadline]
+    planned = [job for job in in_time(ordered) if job not in hopeless]
+    assert ordered[: len(planned)] == planned
+    assert not set(hopeless) & set(ordered[: len(planned)])
 
 
-@settings(derandomize=True, database=None, max_examples=50)
-@given(
-    hopeless=st.integers(1, 5),
-    urgent_needs_s=st.integers(1, 3),
-    priority=st.integers(0, 3),
-)
-def test_nothing_starves_under_a_stream_of_urgent_requests(
-    hopeless: int, urgent_needs_s: int, priority: int
+@settings(derandomize=True, database=None, max_examples=200)
+@given(waiting=jobs((0, 1), oldest_s=30, most=20), since_aged=st.integers(0, 5))
+def test_every_fourth_place_is_for_aged_ones_and_who_aged_first_goes_first(
+    waiting: list[Job], since_aged: int
 ) -> None:
-    """One runs at a time; always a new one that is in time and of bigger priority is there."""
-    waiting = [Job(i, 2, 0.0, 1.0) for i in range(hopeless)]
-    now, number, served_at = 0.0, hopeless, {}
-    while any(job.number < hopeless for job in waiting):
-        waiting.append(Job(number, urgent_needs_s, now, now + 10, priority))
-        number += 1
-        first = order(waiting, now, lambda job: job.needs_s, max_wait_s=MAX_WAIT_S)[0]
+    ordered = order(waiting, NOW, lambda job: job.needs_s, max_wait_s=MAX_WAIT_S, since_aged=since_aged)
+    assert sorted(job.number for job in ordered) == [job.number for job in waiting]
+    aged = [job for job in ordered if is_aged(job)]
+    since = [aged_at(job, MAX_WAIT_S) for job in aged]
+    assert since == sorted(since)
+    num_others = len(ordered) - len(aged)
+    for number, job in enumerate(aged):
+        others_before = max(0, AGED_EVERY - 1 - since_aged) + number * (AGED_EVERY - 1)
+        assert ordered.index(job) == number + min(others_before, num_others)
+
+
+streams: st.SearchStrategy[Callable[[int], tuple[int, int, int]]] = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(-2, 12)), min_size=1, max_size=12
+).map(lambda kinds: lambda number: kinds[number % len(kinds)])
+
+
+@settings(derandomize=True, database=None, max_examples=100)
+@given(
+    victims=st.lists(st.sampled_from((-5.0, 1.0, 12.0, math.inf)), min_size=1, max_size=6),
+    stream=streams,
+    a_turn=st.integers(1, 4),
+)
+def test_nothing_starves_whatever_keeps_coming(
+    victims: list[float], stream: Callable[[int], tuple[int, int, int]], a_turn: int
+) -> None:
+    """One runs at a time, and with each some new ones come, urgent and of bigger priority. The bound that
+    deadline_order.py states: n aged ones before it, ``AGED_EVERY * (n + 1)`` runs after it has aged."""
+    waiting = [Job(i, 2, 0.0, deadline, -1) for i, deadline in enumerate(victims)]
+    now, number, since_aged = 0.0, len(victims), 0
+    due: dict[int, int] = {}  # runs until which an aged one must have had its turn
+    num_runs = 0
+    while any(job.number < len(victims) for job in waiting):
+        for _ in range(a_turn):
+            needs, priority, slack = stream(number)
+            waiting.append(Job(number, needs, now, now + slack, priority))
+            number += 1
+        aged = sorted((j for j in waiting if is_aged(j, now)), key=lambda j: aged_at(j, MAX_WAIT_S))
+        for before, job in enumerate(aged):
+            due.setdefault(job.number, num_runs + AGED_EVERY * (before + 1))
+        ordered = order(waiting, now, lambda job: job.needs_s, max_wait_s=MAX_WAIT_S, since_aged=since_aged)
+        first = ordered[0]
+        since_aged = 0 if is_aged(first, now) else since_aged + 1
         waiting.remove(first)
+        num_runs += 1
         now += first.needs_s
-        served_at[first.number] = now
-        assert now < 100, "starved"
-    assert max(served_at[i] for i in range(hopeless)) <= MAX_WAIT_S + 3 + 2 * (hopeless + 1) * 3
+        assert num_runs <= due.get(first.number, num_runs)
+        assert num_runs < 2000, "starved"

@@ -2,7 +2,8 @@
 
 Requests tell it how to behave by fields of their body: ``tag`` names them in the lines that it prints ("took",
 "gone", "done"), ``hold`` makes them wait until stdin has a line "release <hold>", ``hold_after`` does so after that
-many chunks, ``chunks`` and ``chunk_bytes`` size the answer. ``python -m tests.fake_engine --runtime R --run-dir D``
+many chunks, ``chunks`` and ``chunk_bytes`` size the answer, ``promise`` asks for the deadline that came along.
+``python -m tests.fake_engine --runtime R --run-dir D``
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import json
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,6 +28,7 @@ from starlette.routing import Route
 
 from prism_sgl import addresses, messages
 from prism_sgl.engine.bridge import AsgiBridge
+from prism_sgl.engine.deadlines import promised
 from prism_sgl.messages import (
     AskHello,
     Hello,
@@ -61,6 +64,19 @@ def say(line: str) -> None:
 def say_of(what: str, tag: str) -> None:
     if tag:
         say(f"{what} {tag}")
+
+
+def promise_seen() -> dict[str, float] | None:
+    """What SGLang's scheduler would be told of the request that is being answered."""
+    if (promise := promised()) is None:
+        return None
+    now = time.monotonic()
+    return {
+        "in_s": promise.deadline - now,
+        "waited_s": now - promise.arrival,
+        "priority": promise.priority,
+        "needed_s": promise.needed_s,
+    }
 
 
 class Holds:
@@ -105,6 +121,8 @@ def build_app(holds: Holds, model: str) -> Starlette:
             ],
             "usage": {"prompt_tokens": 7, "completion_tokens": num_tokens, "total_tokens": 7 + num_tokens},
         }
+        if body.get("promise"):
+            answer["promise"] = promise_seen()
         return JSONResponse(answer)
 
     async def _held(request: Request, body: dict[str, Any]) -> bool:
@@ -139,6 +157,8 @@ def build_app(holds: Holds, model: str) -> Starlette:
                 "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}],
             }
             yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+            if body.get("promise"):
+                say(f"promise {json.dumps(promise_seen())}")
             if body.get("count"):
                 say(f"sent {tag} {number + 1}")
         yield b"data: [DONE]\n\n"
@@ -158,6 +178,8 @@ def build_app(holds: Holds, model: str) -> Starlette:
         answer = {"text": "ok", "meta_info": meta, "body_bytes": len(body)}
         if content.get("headers"):
             answer["headers"] = dict(request.headers)
+        if content.get("promise"):
+            answer["promise"] = promise_seen()
         return JSONResponse(answer)
 
     async def _stream_bytes(body: dict[str, Any]) -> AsyncIterator[bytes]:

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import zmq
 
 from prism_sgl import addresses, messages
+from prism_sgl.engine.deadlines import promise
 from prism_sgl.messages import (
     Broke,
     Cancel,
@@ -331,7 +332,8 @@ class AsgiBridge:
 
     async def _serve(self, exchange: _Exchange, forward: Forward) -> None:
         try:
-            await self._app(_scope(forward), exchange.receive, exchange.send)
+            with promise(forward.due):
+                await self._app(_scope(forward), exchange.receive, exchange.send)
         except asyncio.CancelledError:
             # Only this bridge cancels: after the grace, or because it stops.
             self._give_up(exchange, "the runtime stops")

@@ -20,7 +20,7 @@ import zmq
 from sglang.srt.model_executor.model_runner import EagerRunner
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from prism_sgl.engine import sleep_wake
+from prism_sgl.engine import deadlines, sleep_wake
 from prism_sgl.engine.image_client import ImageMemory
 from prism_sgl.engine.kv_pool import ElasticKVPool
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
@@ -211,6 +211,26 @@ SEAMS: tuple[Seam, ...] = (
         HookType.AROUND,
         _retract_decode,
         ("self", "server_args"),
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority",
+        HookType.AROUND,
+        deadlines.calc_priority,
+        ("self", "waiting_queue", "running_batch"),
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        HookType.AFTER,
+        deadlines.attach,
+        (
+            "self",
+            "obj",
+            "input_text",
+            "input_ids",
+            "input_embeds",
+            "mm_inputs",
+            "token_type_ids",
+        ),
     ),
 )
 

@@ -7,7 +7,7 @@ import time
 
 from prism_sgl.launch.errors_http import HttpError
 from prism_sgl.launch.peek import Wish
-from prism_sgl.messages import Forward, Head, RequestId, RequestKey, RuntimeId, Submit
+from prism_sgl.messages import Due, Forward, Head, RequestId, RequestKey, RuntimeId, Submit
 
 # Chunks of one answer that may exist between the app and the client's socket.
 WINDOW_CHUNKS = 32
@@ -29,6 +29,7 @@ class Exchange:
         "chunks",
         "complete",
         "counted",
+        "due",
         "failure",
         "head",
         "headers",
@@ -75,6 +76,7 @@ class Exchange:
         self.arrived = time.monotonic()
         self.queued_s = 0.0
         self.activation_s = 0.0
+        self.due: Due | None = None  # as granted
         self.head: Head | None = None
         self.chunks: list[bytes] = []
         self.complete = False
@@ -105,6 +107,7 @@ class Exchange:
             ttft_s=wish.ttft_s,
             tpot_s=wish.tpot_s,
             waited_s=time.monotonic() - self.arrived,
+            service_tier=wish.service_tier,
         )
 
     def forward(self) -> Forward:
@@ -117,12 +120,13 @@ class Exchange:
             headers=self.headers,
             credit=WINDOW_CHUNKS,
             counted=self.counted,
+            due=self.due,
         )
 
     def begin_again(self) -> None:
         """Forget the first attempt."""
         self.attempt = 2
-        self.runtime = self.head = None
+        self.runtime = self.head = self.due = None
         self.chunks.clear()
         self.next_seq = self.unreturned = 0
 

@@ -207,6 +207,7 @@ class Forwarder:
             self._tell(Abandon(request=grant.request))  # it left meanwhile; the place is free again
         elif exchange.runtime is None and exchange.attempt == grant.attempt:
             exchange.queued_s, exchange.activation_s = grant.queued_s, grant.activation_s
+            exchange.due = grant.due
             self.forward(exchange, grant.runtime)
 
     def _refused(self, refusal: Refuse) -> None:

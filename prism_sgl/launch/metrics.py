@@ -157,6 +157,20 @@ class _Told(Collector):
 
 def _of_models(status: Status) -> Iterable[Metric]:
     queue = GaugeMetricFamily("prism_queue_depth", "Requests that wait for a grant", labels=["model"])
+    late = GaugeMetricFamily(
+        "prism_queue_late", "Waiting requests that miss their TTFT even if they ran at once", labels=["model"]
+    )
+    slack = GaugeMetricFamily(
+        "prism_queue_slack_seconds",
+        "Time to spare of the waiting request that has least; negative: it is late",
+        labels=["model"],
+    )
+    prefill = GaugeMetricFamily(
+        "prism_prefill_tokens_per_second", "Learned speed of a prefill; 0: not known", labels=["model"]
+    )
+    hits = GaugeMetricFamily(
+        "prism_prefix_hit_ratio", "Learned part of a prompt that the prefix cache has", labels=["model"]
+    )
     running = GaugeMetricFamily("prism_inflight", "Requests at the model's runtime", labels=["model"])
     states = GaugeMetricFamily(
         "prism_model_state", "1 for the state that the model is in", labels=["model", "state"]
@@ -167,6 +181,11 @@ def _of_models(status: Status) -> Iterable[Metric]:
     sleeps = CounterMetricFamily("prism_model_sleeps", "How often a model went to sleep", labels=["model"])
     for model in status.models:
         queue.add_metric([model.name], model.queued)
+        late.add_metric([model.name], model.late)
+        if model.slack_s is not None:
+            slack.add_metric([model.name], model.slack_s)
+        prefill.add_metric([model.name], model.prefill_tokens_per_s)
+        hits.add_metric([model.name], model.hit_ratio)
         running.add_metric([model.name], model.in_flight)
         for state in RuntimeState:
             states.add_metric([model.name, state.value], model.state is state)
@@ -180,4 +199,4 @@ def _of_models(status: Status) -> Iterable[Metric]:
     for device in status.devices:
         kvpr.add_metric([device.name], device.kvpr)
         charged.add_metric([device.name], device.charged_bytes)
-    yield from (queue, running, states, activations, sleeps, kvpr, charged)
+    yield from (queue, late, slack, prefill, hits, running, states, activations, sleeps, kvpr, charged)

@@ -1,13 +1,20 @@
-"""What we read of a request: model, stream, priority, lengths, deadlines. The body itself is never decoded."""
+"""What we read of a request: model, stream, lengths, and how soon it wants to run. The body is never decoded whole.
+
+How soon: the headers ``x-slo-ttft-ms`` and ``x-slo-tpot-ms`` (also as ``x-llm-d-slo-...``), else the model's ``slo``;
+OpenAI's ``service_tier`` (schedulers/dispatch.py says what a tier means); ``priority`` in the body or the header
+``x-prism-priority``, where bigger is sooner.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 import msgspec
 
 from prism_sgl.launch.errors_http import HttpError
+from prism_sgl.schedulers.dispatch import TIERS
 
 # Bytes of a JSON body to a token of English text; learned for each model from the usage in its answers.
 _FIRST_BYTES_PER_TOKEN = 4.0
@@ -20,6 +27,7 @@ _SLO_HEADERS = {
     "tpot": (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms"),
 }
 _LONGEST_SLO_MS = 86_400_000.0
+_SHOWN_CHARS = 40  # of a wrong value
 
 
 class Peek(msgspec.Struct, frozen=True):
@@ -32,6 +40,7 @@ class Peek(msgspec.Struct, frozen=True):
     max_completion_tokens: object = None
     max_output_tokens: object = None
     sampling_params: object = None
+    service_tier: object = None
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -42,6 +51,7 @@ class Wish(msgspec.Struct, frozen=True):
     priority: int = 0
     ttft_s: float | None = None
     tpot_s: float | None = None
+    service_tier: str = ""
 
 
 _decode = msgspec.json.Decoder(Peek).decode
@@ -65,7 +75,8 @@ def peek_form(body: bytes) -> Peek:
 
 
 def wish(peek: Peek, headers: Mapping[bytes, bytes]) -> Wish:
-    """Raises HttpError 400 for headers that are not numbers; fields of the body are the engine's to judge."""
+    """Raises HttpError 400 for headers that are not numbers, and for a tier that there is not. Other fields of the body
+    are the engine's to judge; of service_tier most of its routes know nothing."""
     sampling = peek.sampling_params
     limits = (
         peek.max_completion_tokens,
@@ -79,6 +90,7 @@ def wish(peek: Peek, headers: Mapping[bytes, bytes]) -> Wish:
         priority=_priority(peek.priority, headers),
         ttft_s=_seconds("ttft", headers),
         tpot_s=_seconds("tpot", headers),
+        service_tier=_tier(peek.service_tier),
     )
 
 
@@ -91,7 +103,7 @@ def _priority(value: object, headers: Mapping[bytes, bytes]) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise _bad_header(b"x-prism-priority", "a whole number, e.g. 1; bigger is sooner") from None
+            raise _bad_header(b"x-prism-priority", text, "a whole number, e.g. 1; bigger is sooner") from None
     return max(-(1 << 31), min(value, 1 << 31)) if isinstance(value, int) else 0
 
 
@@ -101,16 +113,31 @@ def _seconds(slo: str, headers: Mapping[bytes, bytes]) -> float | None:
             try:
                 milliseconds = float(text)
             except ValueError:
-                milliseconds = -1.0
-            if not 0.0 < milliseconds <= _LONGEST_SLO_MS:
-                raise _bad_header(name, "milliseconds, e.g. 500")
+                milliseconds = math.nan
+            if not 0.0 < milliseconds <= _LONGEST_SLO_MS:  # false for nan too
+                raise _bad_header(name, text, "milliseconds above 0 and up to a day, e.g. 500")
             return milliseconds / 1000.0
     return None
 
 
-def _bad_header(name: bytes, remedy: str) -> HttpError:
+def _tier(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str) and value in TIERS:
+        return value
+    message = f"service_tier is {_shown(value)}; give one of {', '.join(TIERS)}, or leave it out"
+    raise HttpError(400, "invalid_value", message, param="service_tier")
+
+
+def _bad_header(name: bytes, value: bytes, remedy: str) -> HttpError:
     text = name.decode()
-    return HttpError(400, "invalid_header", f"the header {text} is not right; give {remedy}", param=text)
+    message = f"the header {text} is {_shown(value.decode(errors='replace'))}; give {remedy}"
+    return HttpError(400, "invalid_header", message, param=text)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 class TokenEstimate:

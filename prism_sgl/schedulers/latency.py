@@ -1,7 +1,9 @@
-"""What is learned of each model: how long a prefill takes, and how many tokens a second it is asked for.
+"""What is learned of each model: how long a prefill takes, how long answers get, and how many tokens a second it is
+asked for.
 
 The paper has e = p / c. Measured on real engines the line has an intercept that is larger than the slope's part
-for the usual short prompt (facts/prism.md 4.1, point 3), so here e = alpha + p / c.
+for the usual short prompt (facts/prism.md 4.1, point 3), so here e = alpha + p / c, where p is the part of the prompt
+that the prefix cache does not have.
 """
 
 from __future__ import annotations
@@ -17,28 +19,57 @@ _NUM_SAMPLES = 24
 _FIT_EVERY = 4
 # Prompts of one length say nothing about the slope.
 _LEAST_SPREAD = 2.0
+# Each answer's tokens count for 5 %: about the last 20 answers decide the hit ratio.
+_FORGET = 0.95
+_MOST_HITS = 0.99  # the last token of a prompt is always computed
+# Until an answer has been seen: the median of Arena-Chat is 211 (facts/prism.md 6).
+_FIRST_ANSWER_TOKENS = 256
+_NUM_ANSWERS = 64
 
 
 class LatencyEstimate:
-    """Seconds to the first token by prompt length, from the last answers.
+    """Seconds of prefill by prompt length, from the last answers.
 
     Theil-Sen: the median of the slopes between all pairs, then the median of what the slope leaves. Up to 29 % of
-    the samples may be wild (a request that queued inside the engine, a first call that compiled) without effect.
+    the samples may be wild (a pass that waited for memory, a first call that compiled) without effect, however wild.
     """
 
     def __init__(self) -> None:
         self.alpha_s = _FIRST_ALPHA_S
         self.s_per_token = _FIRST_S_PER_TOKEN
-        self._samples: deque[tuple[int, float]] = deque(maxlen=_NUM_SAMPLES)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=_NUM_SAMPLES)
         self._until_fit = 1
+        self._prompt_tokens = 0.0
+        self._cached_tokens = 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """So few samples that a rough one is better than none."""
+        return len(self._samples) < _FIT_EVERY
+
+    @property
+    def hit_ratio(self) -> float:
+        """The part of a prompt's tokens that the prefix cache is expected to have."""
+        if self._prompt_tokens <= 0.0:
+            return 0.0
+        return min(_MOST_HITS, self._cached_tokens / self._prompt_tokens)
+
+    def uncached_tokens(self, prompt_tokens: int) -> float:
+        return prompt_tokens * (1.0 - self.hit_ratio)
 
     def estimate_s(self, prompt_tokens: int) -> float:
-        return self.alpha_s + self.s_per_token * prompt_tokens
+        return self.alpha_s + self.s_per_token * self.uncached_tokens(prompt_tokens)
 
-    def observe(self, prompt_tokens: int, ttft_s: float) -> None:
-        if ttft_s < 0:
+    def observe_hits(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """From an answer's usage."""
+        self._prompt_tokens = self._prompt_tokens * _FORGET + prompt_tokens
+        self._cached_tokens = self._cached_tokens * _FORGET + min(cached_tokens, prompt_tokens)
+
+    def observe(self, computed_tokens: float, prefill_s: float) -> None:
+        """So many tokens, those in the cache left out, took so long."""
+        if prefill_s < 0:
             return
-        self._samples.append((prompt_tokens, ttft_s))
+        self._samples.append((computed_tokens, prefill_s))
         self._until_fit -= 1
         if self._until_fit <= 0:
             self._until_fit = _FIT_EVERY if len(self._samples) >= _FIT_EVERY else 1
@@ -59,6 +90,28 @@ class LatencyEstimate:
         # Never more than what is seen: a slope learned from long prompts must not make alpha negative.
         self.s_per_token = min(self.s_per_token, typical_s / max(1.0, median(p for p, _ in samples)))
         self.alpha_s = max(0.0, median(t - self.s_per_token * p for p, t in samples))
+
+
+class AnswerLength:
+    """How long an answer is expected to get: the mean of the last ones, because memory adds up."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[int] = deque(maxlen=_NUM_ANSWERS)
+        self._total = 0
+
+    @property
+    def typical(self) -> int:
+        return round(self._total / len(self._tokens)) if self._tokens else _FIRST_ANSWER_TOKENS
+
+    def expect(self, max_new_tokens: int) -> int:
+        """``max_new_tokens`` 0: not said."""
+        return min(self.typical, max_new_tokens) if max_new_tokens > 0 else self.typical
+
+    def observe(self, completion_tokens: int) -> None:
+        if len(self._tokens) == _NUM_ANSWERS:
+            self._total -= self._tokens[0]
+        self._tokens.append(completion_tokens)
+        self._total += completion_tokens
 
 
 class TokenRate:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from prism_sgl.messages import RequestId, RuntimeId
@@ -21,7 +21,9 @@ class RequestTable:
     """Owner of all live requests.
 
     Invariants: a request is either in the queue of its model or in flight on one runtime, never in both; an id
-    is live once; ``unanswered`` holds exactly those in flight whose first token is not out.
+    is live once; ``unanswered`` holds exactly those in flight whose first token is not out; ``kv_tokens`` of a
+    runtime is the sum over those in flight there, ``needed_us`` of a runtime and ``tokens_us`` of a device are sums
+    over their unanswered ones.
     """
 
     def __init__(self, activation_timeout_s: float) -> None:
@@ -31,6 +33,9 @@ class RequestTable:
         self._running: dict[RuntimeId, dict[RequestId, Request]] = {}
         self._by_api: dict[str, dict[RequestId, Request]] = {}
         self._unanswered: dict[str, dict[RequestId, Request]] = {}
+        self._kv_tokens: Counter[RuntimeId] = Counter()
+        self._needed_us: Counter[RuntimeId] = Counter()
+        self._tokens_us: Counter[str] = Counter()
         self._ended: OrderedDict[RequestId, int] = OrderedDict()
         self.next_expiry = math.inf  # no queued request passes its time-out before
 
@@ -62,6 +67,18 @@ class RequestTable:
 
     def unanswered(self, device: str) -> Mapping[RequestId, Request]:
         return self._unanswered.get(device, _NOTHING)
+
+    def kv_tokens(self, runtime: RuntimeId | None) -> int:
+        """What the requests in flight there are expected to hold at their ends."""
+        return 0 if runtime is None else self._kv_tokens[runtime]
+
+    def needed_us(self, runtime: RuntimeId) -> int:
+        """Prefill that is on its way there or being done."""
+        return self._needed_us[runtime]
+
+    def tokens_us(self, device: str) -> int:
+        """The part of all that which tokens take, of all runtimes of the device."""
+        return self._tokens_us[device]
 
     # ------------------------------------------------------------ changing
 
@@ -99,8 +116,7 @@ class RequestTable:
 
     def first_token(self, request: Request, now: float) -> None:
         if request.phase in (Phase.GRANTED, Phase.STARTED):
-            assert request.device is not None
-            self._take(self._unanswered, request.device, request)
+            self._answered(request)
             request.phase, request.since = Phase.ANSWERING, now
 
     def forget(self, request: Request) -> None:
@@ -112,10 +128,10 @@ class RequestTable:
             self._take(self._queues, request.model, request)
         else:
             assert request.runtime is not None
-            assert request.device is not None
             self._take(self._running, request.runtime, request)
+            _subtract(self._kv_tokens, request.runtime, request.kv_tokens)
             if request.phase is not Phase.ANSWERING:
-                self._take(self._unanswered, request.device, request)
+                self._answered(request)
         request.phase = Phase.OVER
 
     def remember_end(self, request: RequestId, attempt: int) -> None:
@@ -143,6 +159,16 @@ class RequestTable:
         request.runtime, request.device, request.phase, request.since = runtime, device, phase, now
         self._running.setdefault(runtime, {})[request.id] = request
         self._unanswered.setdefault(device, {})[request.id] = request
+        self._kv_tokens[runtime] += request.kv_tokens
+        self._needed_us[runtime] += request.needed_us
+        self._tokens_us[device] += request.tokens_us
+
+    def _answered(self, request: Request) -> None:
+        assert request.runtime is not None
+        assert request.device is not None
+        self._take(self._unanswered, request.device, request)
+        _subtract(self._needed_us, request.runtime, request.needed_us)
+        _subtract(self._tokens_us, request.device, request.tokens_us)
 
     def _index_api(self, request: Request) -> None:
         if request.api is not None:
@@ -168,5 +194,23 @@ class RequestTable:
             assert (request.phase is Phase.QUEUED) == (number in queued)
             assert (number in waiting) == (request.phase in (Phase.GRANTED, Phase.STARTED))
             assert request.api is None or number in self._by_api[request.api]
+        flying_requests = [request for running in self._running.values() for request in running.values()]
+        unanswered = [request for request in flying_requests if request.phase is not Phase.ANSWERING]
+        assert self._kv_tokens == _sums(flying_requests, "runtime", "kv_tokens")
+        assert self._needed_us == _sums(unanswered, "runtime", "needed_us")
+        assert self._tokens_us == _sums(unanswered, "device", "tokens_us")
         indexes = (self._queues, self._running, self._by_api, self._unanswered)
         assert all(bucket for index in indexes for bucket in index.values()), "no empty buckets"
+
+
+def _subtract(sums: Counter[K], key: K, amount: int) -> None:
+    sums[key] -= amount
+    if not sums[key]:
+        del sums[key]
+
+
+def _sums(requests: Iterable[Request], key: str, amount: str) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for request in requests:
+        sums[getattr(request, key)] += getattr(request, amount)
+    return +sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prism_sgl.config import Config
 from prism_sgl.messages import (
     Abandon,
@@ -16,6 +18,7 @@ from prism_sgl.messages import (
     Started,
     Submit,
 )
+from prism_sgl.schedulers.dispatch import TIERS
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.grants import Granter
 from prism_sgl.schedulers.request_table import RequestTable
@@ -111,6 +114,7 @@ class RequestDesk:
             arrival=now,
             deadline=now,
             queued_at=now,
+            needed_us=1,  # nobody knows how much, but it may be prefilled still
         )
         self._table.relearn(request, runtime, device.name, now)
         self._fleet.touch(model)
@@ -153,7 +157,8 @@ class RequestDesk:
             self._out.api(api, refusal)
             return
         arrival = now - max(0.0, message.waited_s)
-        ttft_s = message.ttft_s if message.ttft_s is not None else model.config.slo.ttft_s
+        tier = TIERS.get(message.service_tier, TIERS["default"])
+        ttft_s = message.ttft_s if message.ttft_s is not None else model.config.slo.ttft_s * tier.ttft_factor
         self._table.queue(
             Request(
                 id=message.request,
@@ -162,10 +167,11 @@ class RequestDesk:
                 model=model.name,
                 prompt_tokens=message.prompt_tokens,
                 max_new_tokens=message.max_new_tokens,
-                priority=message.priority + model.config.priority,
+                priority=message.priority + tier.priority + model.config.priority,
                 arrival=arrival,
                 deadline=arrival + ttft_s,
                 queued_at=now,
+                kv_tokens=_kv_tokens(model, message),
             )
         )
         self._fleet.touch(model)
@@ -199,7 +205,11 @@ class RequestDesk:
             return
         if request.prompt_tokens > 0:
             latency = self._fleet.models[request.model].latency
-            latency.observe(request.prompt_tokens, message.ttft_s)
+            # The engine worked on those before it meanwhile; of all that time it is charged its own share.
+            total_us = request.needed_us + request.ahead_us
+            request.prefill_s = message.ttft_s * (request.needed_us / total_us if request.ahead_us else 1.0)
+            if latency.is_new:
+                self._learn_prefill(request, latency.uncached_tokens(request.prompt_tokens))
         self._table.first_token(request, now)
         self._granter.freed(request.device)
 
@@ -209,8 +219,22 @@ class RequestDesk:
             # The api_server may not have seen the end yet, and name it in its hello.
             self._table.remember_end(message.request, message.attempt)
             return
-        self._fleet.models[request.model].rate.add(message.completion_tokens, now)
+        model = self._fleet.models[request.model]
+        model.rate.add(message.completion_tokens, now)
+        if message.outcome == "ok" and message.completion_tokens > 0:
+            model.answers.observe(message.completion_tokens)
+        tokens = model.latency.uncached_tokens(request.prompt_tokens)
+        if message.prompt_tokens > 0:
+            model.latency.observe_hits(message.prompt_tokens, message.cached_tokens)
+            tokens = float(max(1, message.prompt_tokens - message.cached_tokens))
+        self._learn_prefill(request, tokens)
         self._over(request, now)
+
+    def _learn_prefill(self, request: Request, computed_tokens: float) -> None:
+        """Once a request. Its end knows best how many tokens were computed, but may be long in coming."""
+        if (prefill_s := request.prefill_s) is not None:
+            request.prefill_s = None
+            self._fleet.models[request.model].latency.observe(computed_tokens, prefill_s)
 
     def _find(self, message: Started | FirstToken | Finished) -> Request | None:
         request = self._table.get(message.request)
@@ -269,6 +293,16 @@ class RequestDesk:
             text = f"{model.name} had no room for this request in {waited_s:.0f} s ({model.runtime.state})"
             self._refuse(request, "activation_timeout", text, 10.0, now)
         self._granter.repeat_unstarted(now, _REPEAT_GRANT_S)
+
+
+def _kv_tokens(model: Model, message: Submit) -> int:
+    """What it will hold at its end, as far as one can tell; never more than the engine would let it have.
+
+    What the prefix cache has is held once for all who share it, so it is not counted for each.
+    """
+    prompt = math.ceil(model.latency.uncached_tokens(message.prompt_tokens))
+    tokens = prompt + model.answers.expect(message.max_new_tokens)
+    return tokens if model.facts is None else min(tokens, model.facts.max_request_tokens)
 
 
 def _refusal(

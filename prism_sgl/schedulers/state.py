@@ -17,7 +17,7 @@ from prism_sgl.config import Config, ModelConfig
 from prism_sgl.config_checks import allowed_devices, least_bytes
 from prism_sgl.errors import IllegalMoveError
 from prism_sgl.messages import RequestId, RuntimeFacts, RuntimeId, RuntimeState
-from prism_sgl.schedulers.latency import LatencyEstimate, TokenRate
+from prism_sgl.schedulers.latency import AnswerLength, LatencyEstimate, TokenRate
 
 COLD, STARTING, AWAKE = RuntimeState.COLD, RuntimeState.STARTING, RuntimeState.AWAKE
 DRAINING, ASLEEP, WAKING = RuntimeState.DRAINING, RuntimeState.ASLEEP, RuntimeState.WAKING
@@ -72,6 +72,12 @@ class Request:
     device: str | None = None
     since: float = 0.0  # of its phase
     rank: int = 0  # place in the device's order of dispatch
+    kv_tokens: int = 0  # prompt and expected answer: what it will hold at its end
+    # From its grant on. Whole microseconds, so that sums over many do not drift.
+    needed_us: int = 0  # its prefill, as estimated then
+    tokens_us: int = 0  # of that, what its tokens take: all that it adds to a pass that runs anyway
+    ahead_us: int = 0  # what its runtime had to prefill before it
+    prefill_s: float | None = None  # measured, and not yet told to the model's estimate
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +116,7 @@ class Model:
     runtime: Runtime = field(default_factory=Runtime)
     facts: RuntimeFacts | None = None
     latency: LatencyEstimate = field(default_factory=LatencyEstimate)
+    answers: AnswerLength = field(default_factory=AnswerLength)
     rate: TokenRate = field(default_factory=TokenRate)
     reason: str = ""
     failure: str = ""  # why it cannot load; requests are refused while this is set and it is failed

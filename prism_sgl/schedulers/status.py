@@ -28,7 +28,11 @@ def build(epoch: int, fleet: Fleet, table: RequestTable, activation: Activation,
 
 
 def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
-    runtime = model.runtime
+    runtime, latency = model.runtime, model.latency
+    slacks = [
+        request.deadline - now - latency.estimate_s(request.prompt_tokens)
+        for request in table.queued(model.name).values()
+    ]
     return ModelStatus(
         name=model.name,
         state=runtime.state,
@@ -45,6 +49,12 @@ def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
         starts=model.starts,
         last_wake_s=model.last_wake_s,
         last_sleep_s=model.last_sleep_s,
+        slack_s=min(slacks, default=None),
+        late=sum(slack < 0.0 for slack in slacks),
+        prefill_alpha_s=latency.alpha_s,
+        prefill_tokens_per_s=1.0 / latency.s_per_token if latency.s_per_token > 0.0 else 0.0,
+        hit_ratio=latency.hit_ratio,
+        answer_tokens=model.answers.typical,
     )
 
 

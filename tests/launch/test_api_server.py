@@ -19,6 +19,7 @@ from prism_sgl import addresses
 from tests.launch.stack import Stack, running, wait_for
 
 HELLO = [{"role": "user", "content": "hello"}]
+BAD_MS = ("soon", "0", "-5", "nan", "inf", "1e12", "9" * 100, "")
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +115,43 @@ def test_body_of_unknown_length_is_bounded_too(stack: Stack) -> None:
     assert response.status_code == 413
 
 
-@pytest.mark.parametrize("header", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-prism-priority"])
-def test_bad_headers_are_refused(stack: Stack, header: str) -> None:
-    response = stack.client.post("/generate", json={"model": "chat"}, headers={header: "soon"})
+@pytest.mark.parametrize(
+    ("header", "value", "remedy"),
+    [
+        *(
+            (header, value, "milliseconds")
+            for header in ("x-slo-ttft-ms", "x-slo-tpot-ms")
+            for value in BAD_MS
+        ),
+        ("x-llm-d-slo-ttft-ms", "1s", "milliseconds"),
+        ("x-prism-priority", "soon", "whole number"),
+        ("x-prism-priority", "1.5", "whole number"),
+    ],
+)
+def test_bad_headers_are_refused(stack: Stack, header: str, value: str, remedy: str) -> None:
+    for path, body in (("/generate", {}), ("/v1/chat/completions", {"messages": HELLO})):
+        response = stack.client.post(path, json={"model": "chat", **body}, headers={header: value})
+        assert response.status_code == 400
+        error = error_of(response)
+        assert (error["type"], error["code"], error["param"]) == (
+            "invalid_request_error",
+            "invalid_header",
+            header,
+        )
+        assert header in error["message"]
+        assert repr(value)[:20] in error["message"]
+        assert remedy in error["message"]
+        assert len(error["message"]) < 200
+
+
+@pytest.mark.parametrize("tier", ["gold", "", 3, ["flex"]])
+def test_service_tier_that_there_is_not_is_refused(stack: Stack, tier: object) -> None:
+    response = stack.chat("chat", service_tier=tier)
     assert response.status_code == 400
-    assert error_of(response)["param"] == header
+    error = error_of(response)
+    assert error["param"] == "service_tier"
+    assert repr(tier) in error["message"]
+    assert "flex" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +178,54 @@ def test_app_that_raises_is_an_error_without_the_prompt(stack: Stack) -> None:
     assert not any("nobody shall read" in line for line in stack.api.lines)
 
 
+# ---------------------------------------------------------------- how soon
+
+
+def promise_of(stack: Stack, headers: dict[str, str] | None = None, **body: object) -> dict[str, float]:
+    """What the engine's own scheduler is told, on both ways into SGLang."""
+    asked = {"model": "chat", "promise": True, **body}
+    generated = stack.client.post("/generate", json=asked, headers=headers).json()["promise"]
+    chatted = stack.client.post("/v1/chat/completions", json={**asked, "messages": HELLO}, headers=headers)
+    answer: dict[str, float] = chatted.json()["promise"]
+    assert answer["priority"] == generated["priority"]
+    assert answer["in_s"] == pytest.approx(generated["in_s"], abs=0.5)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "in_s", "priority"),
+    [
+        ({}, {}, 2.0, 0),  # the model's default
+        ({"x-slo-ttft-ms": "9000"}, {}, 9.0, 0),
+        ({"x-llm-d-slo-ttft-ms": "7000", "x-slo-tpot-ms": "80"}, {}, 7.0, 0),
+        ({}, {"priority": 3}, 2.0, 3),
+        ({"x-prism-priority": "-2"}, {"priority": 3}, 2.0, -2),
+        ({}, {"service_tier": "auto"}, 2.0, 0),
+        ({}, {"service_tier": "default", "priority": 1}, 2.0, 1),
+        ({}, {"service_tier": "priority"}, 2.0, 1),
+        ({}, {"service_tier": "flex"}, 20.0, -1),
+        ({"x-slo-ttft-ms": "5000"}, {"service_tier": "flex"}, 5.0, -1),
+        ({}, {"service_tier": None}, 2.0, 0),
+    ],
+)
+def test_deadline_and_priority_reach_the_engine(
+    stack: Stack, headers: dict[str, str], body: dict[str, object], in_s: float, priority: int
+) -> None:
+    promise = promise_of(stack, headers, **body)
+    assert promise["in_s"] + promise["waited_s"] == pytest.approx(in_s, abs=0.1)
+    assert 0.0 <= promise["waited_s"] < 2.0
+    assert promise["priority"] == priority
+    assert promise["needed_s"] >= 0.0  # of an engine that answers within a millisecond
+
+
+def test_deadline_reaches_the_engine_of_a_stream_too(stack: Stack) -> None:
+    headers = {"x-slo-ttft-ms": "8000"}
+    body = {"model": "chat", "messages": HELLO, "stream": True, "promise": True, "chunks": 1}
+    assert stack.client.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+    seen = json.loads(stack.engine("chat").line("promise ").removeprefix("promise "))
+    assert 6.0 < seen["in_s"] < 8.1
+
+
 # ---------------------------------------------------------------- our own answers
 
 
@@ -163,6 +244,37 @@ def test_health_and_metrics_show_all_models(stack: Stack) -> None:
     after = stack.metric('prism_requests_total{code="200",endpoint="/generate",model="chat"}')
     assert after == before + 1
     assert stack.metric('prism_model_state{model="chat",state="awake"}') == 1.0
+
+
+def test_queue_and_slack_are_shown_while_requests_wait() -> None:
+    with running(("chat",), hold_wakes=True) as stack:
+        assert stack.client.post("/api/v1/models/chat/sleep").status_code == 200
+        shown = stack.client.get("/v1/models/chat").json()["prism"]
+        assert (shown["queued"], shown["slack_s"], shown["late"]) == (0, None, 0)
+        engine = stack.engine("chat")
+        answers: list[httpx.Response] = []
+
+        def ask(ttft_ms: str) -> None:
+            headers = {"x-slo-ttft-ms": ttft_ms}
+            body = {"model": "chat", "messages": HELLO}
+            answers.append(stack.client.post("/v1/chat/completions", json=body, headers=headers))
+
+        clients = [threading.Thread(target=ask, args=(ttft_ms,)) for ttft_ms in ("1", "60000")]
+        for client in clients:
+            client.start()
+        engine.line("waking 1")
+        wait_for("queued", lambda: stack.metric('prism_queue_depth{model="chat"}') == 2.0)
+        assert stack.metric('prism_queue_late{model="chat"}') == 1.0
+        assert -30.0 < stack.metric('prism_queue_slack_seconds{model="chat"}') < 0.0
+        shown = stack.client.get("/v1/models/chat").json()["prism"]
+        assert (shown["queued"], shown["late"]) == (2, 1)
+        assert shown["slack_s"] < 0.0
+        engine.tell("release wake 1")
+        for client in clients:
+            client.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+        wait_for("empty", lambda: stack.metric('prism_queue_depth{model="chat"}') == 0.0)
+        assert stack.client.get("/v1/models/chat").json()["prism"]["slack_s"] is None
 
 
 def test_model_sleeps_shows_it_and_wakes_on_its_next_request(stack: Stack) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from prism_sgl.messages import (
     Abandon,
     ApiBeat,
@@ -13,7 +15,14 @@ from prism_sgl.messages import (
     RequestKey,
     SupervisorHello,
 )
+from prism_sgl.schedulers import grants
 from tests.schedulers.by_hand import ByHand, config, facts, granted, model, of, refusals
+
+
+@pytest.fixture(autouse=True)
+def window_of_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the prompts: ``prefill_window`` is then all that there is."""
+    monkeypatch.setattr(grants, "WINDOW_US", 0)
 
 
 def awake(**keys: int) -> ByHand:
