@@ -42,7 +42,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kv_page_bytes: int = 2 << 20  # key kv_page; 64 MiB with a CUDA device, where costs are per page
+    kv_page_bytes: int = 2 << 20  # key kv_page; 128 MiB with a CUDA device, where costs are per page
     weights_page_bytes: int = 2 << 20  # key weights_page; likewise
     host_cache_bytes: int = 0  # key host_cache: cap of all weight images; 0: half of the host's memory
 
@@ -224,7 +224,7 @@ def _models(root: Table) -> dict[str, ModelConfig]:
 
 
 # Not keys of the file: the table's name, and what model_files.py reads.
-_CUDA_PAGE_BYTES = 64 << 20
+_CUDA_PAGE_BYTES = 128 << 20
 _NOT_KEYS = frozenset({"name", "weights", "kv_bytes_per_token", "context_tokens"})
 _SLO_KEYS = ("ttft_ms", "tpot_ms")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

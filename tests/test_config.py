@@ -358,6 +358,6 @@ def test_facts_follow_the_engine_arguments(tmp_path: Path, model: Path) -> None:
 def test_a_card_needs_room_for_what_an_engine_holds_beside_pages(tmp_path: Path, model: Path) -> None:
     """Context, kernels, graphs and the activations of a prefill: 2 GiB until the engine tells. Pages are larger too."""
     card = HOST.replace("host0", "gpu0").replace('"host"', '"cuda"')
-    assert "models.chat needs 2.19GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
+    assert "models.chat needs 2.25GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
     config = read(tmp_path, card.replace("1GiB", "3GiB") + CHAT)
-    assert config.memory.kv_page_bytes == config.memory.weights_page_bytes == 64 << 20
+    assert config.memory.kv_page_bytes == config.memory.weights_page_bytes == 128 << 20

@@ -33,7 +33,7 @@ from benchmarks.gpu.results import ROOT, Results
 _LOG_LINES_KEPT = 400
 GIB = 1 << 30
 MIB = 1 << 20
-PAGE_BYTES = 64 << 20
+PAGE_BYTES = 128 << 20
 MODELS_DIR = Path(os.environ.get("PRISM_BENCH_MODELS", "/dev/shm/models"))
 ENGINE = "benchmarks.gpu.engine_process:EngineHandler"
 CARD = "benchmarks.gpu.card_process:CardHandler"

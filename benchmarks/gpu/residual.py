@@ -34,6 +34,7 @@ from benchmarks.gpu.results import Results
 
 TARGET_MIB = 150
 WORK = [Ask(1000 + n, 512, 64) for n in range(32)] + [Ask(2000, 4000, 8)]
+TORCH = r"torch: [\d.]+ MiB reserved, ([\d.]+) allocated, ([\d.]+) in"  # scheduler_side.py
 BESIDE = r"beside pages (\d+) MiB, (\d+) of them torch's"  # prism_sgl/engine/overhead.py
 
 
@@ -44,6 +45,11 @@ def held_mib(pids: Sequence[int]) -> float:
 def leased_mib(card: Card, engine: Engine) -> dict[str, float]:
     owner = next(o for o in card.ledger.owners() if o.name.startswith(f"{engine.name}@"))
     return {"weights": owner.weights * 2.0, "KV": owner.kv * 2.0, "overhead": owner.overhead * 2.0}
+
+
+def tensors(engine: Engine, mark: int) -> list[str]:
+    """The large ones: MiB, shape, type."""
+    return [line for (line,) in engine.log_matches(r"torch: tensor (.*)", mark)]
 
 
 def measure(card: Card, engine: Engine, label: str, results: Results, context: float) -> dict[str, float]:
@@ -77,6 +83,11 @@ def measure(card: Card, engine: Engine, label: str, results: Results, context: f
     if beside:
         found["torch"] = float(beside[-1][1])
         add("asleep after work: reserved by torch", found["torch"])
+    mark = engine.log_mark()
+    engine.act({"name": "prism_tensors", "args": {"least_bytes": 4 << 20}})
+    for allocated, in_tensors in engine.log_matches(TORCH, mark):
+        add("torch's: in tensors of Python's", float(in_tensors), note="; ".join(tensors(engine, mark)))
+        add("torch's: cuBLAS workspaces and the like", float(allocated) - float(in_tensors))
     say(f"{engine.name}: processes {process_mib(engine.pids)}")
     return found
 

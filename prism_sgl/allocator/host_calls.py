@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -12,6 +13,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _HIDDEN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROT_NONE = 0
+_MADV_POPULATE_WRITE = 23  # kernel 5.14
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -27,6 +29,10 @@ class HostCalls:
         ]  # fmt: skip
         self._munmap = libc.munmap
         self._munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._mprotect = libc.mprotect
+        self._mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._madvise = libc.madvise
+        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._fallocate = libc.fallocate
         self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
@@ -63,6 +69,19 @@ class HostCalls:
         if self._fallocate(fd, mode, offset, size_bytes) != 0:
             raise _error("fallocate")
 
+    def populate(self, address: int, size_bytes: int) -> None:
+        """Fault a writable mapping in. A kernel before 5.14 does nothing: each page then is faulted in when touched."""
+        if (
+            self._madvise(address, size_bytes, _MADV_POPULATE_WRITE) != 0
+            and ctypes.get_errno() != errno.EINVAL
+        ):
+            raise _error("madvise")
+
+    def protect(self, address: int, size_bytes: int) -> None:
+        """From now on a write there faults."""
+        if self._mprotect(address, size_bytes, mmap.PROT_READ) != 0:
+            raise _error("mprotect")
+
     def release(self, address: int, size_bytes: int) -> None:
         if self._munmap(address, size_bytes) != 0:
             raise _error("munmap")
@@ -77,5 +96,5 @@ class HostCalls:
 
 
 def _error(call: str) -> OSError:
-    errno = ctypes.get_errno()
-    return OSError(errno, f"{call}: {os.strerror(errno)}")
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")

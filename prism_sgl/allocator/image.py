@@ -1,21 +1,30 @@
-"""A model's weights in host memory, ready to copy: a memfd that all runtimes of the model share.
+"""The image: a model's device bytes in host memory, from which every wake copies.
 
-Its memory is held once, whoever maps it. Sealed, it can never change again, so runtimes need not trust each
-other with it.
+Its file is a sealed memfd: once it is filled, nobody can map it for writing, write to it or change its size. The one
+who made it keeps the mapping that he filled, because page-locking another would take a second for 16 GiB, but only
+for reading. So runtimes of one model share it, and need trust nobody but the one who brought the bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+from prism_sgl import memfd
+from prism_sgl.allocator.host_calls import HostCalls
+from prism_sgl.allocator.vmm import address_of
 from prism_sgl.errors import VmmError
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _MAX_NAME_BYTES = 200
+# The kernel clears new memory as it is touched; one thread clears 4 to 5 GB/s.
+_TOUCH_THREADS = 8
+_TOUCH_BYTES = 64 << 20
+
+PageLock = Callable[[memoryview], Callable[[], None]]
+"""Fixes host bytes in place for the device; returns what undoes it. Raises VmmError."""
 
 
 class Image:
@@ -26,24 +35,19 @@ class Image:
         self.size_bytes = size_bytes
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
+        self._unlock: Callable[[], None] | None = None
 
     @classmethod
-    def create(cls, name: str, size_bytes: int) -> Image:
+    def create(cls, name: str, size_bytes: int, page_lock: PageLock | None = None) -> Image:
         """A new image with all its memory: a hole filled later, when memory has run out, would be a SIGBUS.
 
         Raises:
-            VmmError: the host has no memory for it.
+            VmmError: the host has no memory for it, or cannot page-lock it.
         """
         file_name = f"prism-image:{name}".encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
-        fd = os.memfd_create(file_name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.posix_fallocate(fd, 0, size_bytes)
-        except OSError as error:
-            os.close(fd)
-            raise VmmError(
-                f"{name}: no host memory for an image of {size_bytes} bytes: {error.strerror}"
-            ) from error
-        return cls(fd, size_bytes)
+        image = cls(os.memfd_create(file_name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), 0)
+        image.resize(size_bytes, page_lock)
+        return image
 
     @classmethod
     def from_fd(cls, fd: int, size_bytes: int) -> Image:
@@ -58,81 +62,119 @@ class Image:
             raise VmmError(f"the image has {actual} bytes, not {size_bytes}")
         return cls(fd, size_bytes)
 
-    def resize(self, size_bytes: int) -> None:
-        """Cut off or extend it, with all its memory. Only before it is sealed.
+    def resize(self, size_bytes: int, page_lock: PageLock | None = None) -> None:
+        """Cut it off or extend it, with all its memory. Only by its maker, before it is sealed.
 
         Raises:
-            VmmError: the host has no memory for it. The image is closed.
+            VmmError: the host has no memory for it, or cannot page-lock it. The image is closed.
         """
+        if size_bytes == self.size_bytes:
+            return
         try:
+            self._unmap()
             os.ftruncate(self._fd, size_bytes)
-            if size_bytes > self.size_bytes:
-                os.posix_fallocate(self._fd, self.size_bytes, size_bytes - self.size_bytes)
+            os.posix_fallocate(self._fd, 0, size_bytes)
+            self._map = mmap.mmap(self._fd, size_bytes)
+            self._view = memoryview(self._map)
+            _touch(self._view)
         except OSError as error:
             self.close()
             raise VmmError(f"no host memory for an image of {size_bytes} bytes: {error.strerror}") from error
         self.size_bytes = size_bytes
+        if page_lock is not None:
+            try:
+                self.page_lock(page_lock)
+            except VmmError:
+                self.close()
+                raise
 
     def fileno(self) -> int:
         return self._fd
 
     @contextlib.contextmanager
     def writable_view(self) -> Iterator[memoryview]:
-        """The image's bytes, to be written. Unmapped at the end: the kernel seals no memfd that can be written.
+        """The image's bytes, to be written by its maker, before it is sealed.
 
-        No slice of the view may outlive the ``with``.
+        No slice of the view may be written to after the ``with``: once sealed, that is a SIGSEGV.
         """
-        with mmap.mmap(self._fd, self.size_bytes) as shared, memoryview(shared) as view:
+        if self._view is None or self.is_sealed:
+            raise ValueError("only its maker writes an image, and only before it is sealed")
+        with memoryview(self._view) as view:
             yield view
 
     def readonly_view(self) -> memoryview:
         """The sealed image's bytes, mapped once and kept: mapping again at every wake would fault every page again."""
         if not self.is_sealed:
-            raise ValueError("a map of an image that is not sealed would stand in the way of its seal")
+            raise ValueError("the image is not sealed: its bytes may still change")
         if self._view is None:
-            self._map = self._map_readonly()
+            # Page-locking a private map would copy all of it (measured: 8 GiB in 7.6 s, and 8 GiB more held).
+            self._map = mmap.mmap(self._fd, self.size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             self._view = memoryview(self._map)
         return self._view
 
-    def _map_readonly(self) -> mmap.mmap:
-        try:
-            # Page-locking a private map would copy all of it (measured: 8 GiB in 7.6 s, and 8 GiB more held).
-            return mmap.mmap(self._fd, self.size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        except PermissionError:  # kernels before 6.7 allow no shared map of a sealed file
-            return mmap.mmap(self._fd, self.size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    @property
+    def is_page_locked(self) -> bool:
+        return self._unlock is not None
+
+    def page_lock(self, page_lock: PageLock) -> None:
+        """Once, of a sealed image or of its maker's; kept until ``close``, so that is to come before the device's end.
+
+        Raises:
+            VmmError: the system refuses. Copies from it work, but slowly.
+        """
+        if self._unlock is None:
+            self._unlock = page_lock(self.readonly_view() if self._view is None else self._view)
 
     def seal(self) -> None:
         """Nobody can write it any more, or change its size.
 
         Raises:
-            VmmError: it is mapped for writing somewhere.
+            VmmError: the kernel cannot seal it.
         """
         if self.is_sealed:
             return
         try:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            if self._view is not None:
+                HostCalls().protect(address_of(self._view), self.size_bytes)
+                self._view = self._view.toreadonly()
+            memfd.seal(self._fd)
         except OSError as error:
-            raise VmmError(
-                f"the image cannot be sealed ({error.strerror}): it is still mapped for writing"
-            ) from error
+            raise VmmError(f"the image cannot be sealed: {error.strerror}; Linux 5.1 or later can") from error
 
     @property
     def is_sealed(self) -> bool:
-        try:
-            return fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-        except OSError:  # no memfd: nothing can seal it
-            return False
+        return memfd.is_sealed(self._fd)
 
     def close(self) -> None:
-        if self._view is not None and self._map is not None:
-            self._view.release()
-            self._map.close()
-            self._view = self._map = None
+        self._unmap()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def check(self) -> None:
         assert (self._view is None) == (self._map is None)
+        assert self._view is not None or self._unlock is None
         if self._fd >= 0:
             assert os.fstat(self._fd).st_size == self.size_bytes
+
+    def _unmap(self) -> None:
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+        if self._view is not None and self._map is not None:
+            self._view.release()
+            self._map.close()
+            self._view = self._map = None
+
+
+def _touch(view: memoryview) -> None:
+    """Have the kernel clear and map this allocated memory now, in several threads: page-locking would do it in one."""
+    calls = HostCalls()
+    address, size_bytes = address_of(view), view.nbytes
+
+    def touch(start: int) -> None:
+        calls.populate(address + start, min(_TOUCH_BYTES, size_bytes - start))
+
+    with ThreadPoolExecutor(_TOUCH_THREADS) as threads:
+        for _ in threads.map(touch, range(0, size_bytes, _TOUCH_BYTES)):
+            pass

@@ -12,6 +12,9 @@ from prism_sgl.allocator import crash_points
 from prism_sgl.allocator.ledger import Kind, Owner
 from prism_sgl.allocator.vmm import GRANULE_BYTES, DeviceFullError, Vmm, num_pages_in
 
+# What is given back goes to the ledger in steps, so that a neighbour maps the first pages while others are unmapped.
+_UNMAPPED_AT_ONCE = 16
+
 
 class Lease:
     """What one arena has of its owner's granules. Invariant: it is never less than what the arena holds."""
@@ -69,11 +72,12 @@ class Lease:
         Raises:
             VmmError: the driver failed. What no longer holds memory has been returned, the rest stays leased.
         """
-        try:
-            self._vmm.unmap(runs)
-        finally:
-            crash_points.crash_point("between_unmap_and_return")
-            self._return_surplus()
+        for part in _parts(runs, _UNMAPPED_AT_ONCE) or [[]]:  # none: the arena then frees what was stuck
+            try:
+                self._vmm.unmap(part)
+            finally:
+                crash_points.crash_point("between_unmap_and_return")
+                self._return_surplus()
 
     def check(self) -> None:
         assert self._granules == self._held_granules(), (self._granules, self._held_granules())
@@ -87,3 +91,9 @@ class Lease:
         if surplus > 0:
             self._owner.release(self._kind, surplus)
             self._granules -= surplus
+
+
+def _parts(runs: Sequence[range], num_pages: int) -> list[list[range]]:
+    """The same pages in the same order, at most so many in each part."""
+    pages = [range(page, page + 1) for run in runs for page in run]
+    return [pages[start : start + num_pages] for start in range(0, len(pages), num_pages)]

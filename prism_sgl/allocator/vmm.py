@@ -72,13 +72,6 @@ class Vmm(Protocol):
             VmmError: a call failed. Runs are done in order; ``is_mapped`` and ``held_bytes`` say how far it came.
         """
 
-    def prepare_source(self, source: memoryview) -> None:
-        """Make copies from these host bytes as fast as the device allows. Slow itself: never on the way of a wake.
-
-        Raises:
-            VmmError: the system refuses. Copies from ``source`` still work.
-        """
-
     def copy_in(self, offset: int, source: memoryview) -> None:
         """Begin to copy host bytes to ``base + offset``, onto mapped pages; ``settle`` waits for the end.
 

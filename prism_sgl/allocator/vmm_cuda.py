@@ -105,15 +105,6 @@ class CudaArena(ArenaPages):
             self._bound[run.start : run.stop] = bytes(len(run))
             self._mark(run, UNMAPPED)
 
-    def prepare_source(self, source: memoryview) -> None:
-        """Page-lock: copies from pageable memory run at a fraction of the link and block the caller."""
-        address = address_of(source)
-        try:
-            self._calls.page_lock(address, source.nbytes, read_only=source.readonly)
-        except DriverError as error:
-            raise VmmError(f"{self.name}: cannot page-lock {source.nbytes} bytes: {error}") from error
-        self._undo.append(functools.partial(self._calls.page_unlock, address))
-
     def copy_in(self, offset: int, source: memoryview) -> None:
         self._check_span(offset, source.nbytes)
         if not source.nbytes:
@@ -252,6 +243,22 @@ class CudaArena(ArenaPages):
         """(address, size)"""
         offset, size_bytes = self._span_of(run)
         return self.base + offset, size_bytes
+
+
+def page_lock(calls: CudaCalls, source: memoryview) -> Callable[[], None]:
+    """Fix these host bytes in place; returns what undoes it, to be called after the last copy.
+
+    Copies to and from other memory run at a fraction of the link and block the caller.
+
+    Raises:
+        VmmError: the system refuses. Copies still work.
+    """
+    address = address_of(source)
+    try:
+        calls.page_lock(address, source.nbytes, read_only=source.readonly)
+    except DriverError as error:
+        raise VmmError(f"cannot page-lock {source.nbytes} bytes: {error}") from error
+    return functools.partial(calls.page_unlock, address)
 
 
 def gives_zeroed_memory(calls: CudaCalls, page_bytes: int) -> bool:

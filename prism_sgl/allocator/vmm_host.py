@@ -82,9 +82,6 @@ class HostArena(ArenaPages):
                 raise VmmError(f"{self.name}: cannot unmap {run}: {error}") from error
             self._mark(run, UNMAPPED)
 
-    def prepare_source(self, source: memoryview) -> None:
-        pass  # the processor copies from any memory
-
     def copy_in(self, offset: int, source: memoryview) -> None:
         if source.nbytes:
             self._span(offset, source.nbytes)[:] = source.cast("B")

@@ -92,7 +92,6 @@ class WeightsArena:
             raise VmmError(f"the image has {image.size_bytes} bytes, the arena {self.vmm.size_bytes}")
         if not image.is_sealed:
             raise VmmError("the image is not sealed")
-        self.vmm.prepare_source(image.readonly_view())
         self._image = image
 
     def give_back(self, num_pages: int) -> int:

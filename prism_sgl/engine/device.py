@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,11 @@ from prism_sgl.allocator.vmm import GRANULE_BYTES, Vmm
 from prism_sgl.allocator.vmm_host import HostArena
 
 log = logging.getLogger(__name__)
+
+# A context holds this much stack for each thread that the card can run at once: 270,336 on an H100, so the default of
+# 1 KiB is 264 MiB, asleep too. Only kernels with recursion or calls that the compiler cannot follow need it; what
+# others need is known when they are loaded, and the driver then makes more.
+_STACK_BYTES = 256
 
 
 class Device(Protocol):
@@ -25,6 +31,13 @@ class Device(Protocol):
 
     def bytes_at(self, address: int, size_bytes: int) -> torch.Tensor:
         """A uint8 tensor ``[size_bytes]`` over memory that an arena owns. The first page must be mapped."""
+
+    def page_lock(self, source: memoryview) -> Callable[[], None]:
+        """Fix host bytes in place, so that copies run at the speed of the link; returns what undoes it. In any thread.
+
+        Raises:
+            VmmError: the system refuses. Copies still work, but slowly.
+        """
 
     def synchronize(self) -> None:
         """Wait until the device has done all work of this process."""
@@ -49,6 +62,9 @@ class HostDevice:
         buffer = (ctypes.c_char * size_bytes).from_address(address)
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
+    def page_lock(self, source: memoryview) -> Callable[[], None]:
+        return lambda: None  # the processor copies from any memory
+
     def synchronize(self) -> None:
         pass
 
@@ -69,6 +85,7 @@ class CudaDevice:
         from prism_sgl.allocator.cuda_calls import CudaCalls
 
         self._calls = CudaCalls(torch.cuda.current_device())
+        self._calls.limit_stack(_STACK_BYTES)
 
     def arena(self, name: str, size_bytes: int, page_bytes: int, *, zeroed: bool) -> Vmm:
         from prism_sgl.allocator.vmm_cuda import CudaArena
@@ -94,6 +111,11 @@ class CudaDevice:
 
     def bytes_at(self, address: int, size_bytes: int) -> torch.Tensor:
         return torch.as_tensor(_RawBytes(address, size_bytes), device="cuda")
+
+    def page_lock(self, source: memoryview) -> Callable[[], None]:
+        from prism_sgl.allocator.vmm_cuda import page_lock
+
+        return page_lock(self._calls, source)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

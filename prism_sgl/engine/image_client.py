@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from prism_sgl import addresses, messages
-from prism_sgl.allocator.weights import Image
+from prism_sgl.allocator.image import Image, PageLock
 from prism_sgl.errors import PrismError, VmmError
 from prism_sgl.messages import ImageReply, OpenImage, SealImage
 
@@ -44,24 +44,25 @@ def image_key(
 
 
 class ImageMemory:
-    """Host memory for an image that nobody may have yet, allocated in a thread while the model loads.
+    """Host memory for an image that nobody may have yet, allocated and page-locked in a thread while the model loads.
 
-    The kernel zeroes 4 to 5 GB/s whatever the number of threads: seconds for a large model, which nobody then
-    waits for. ``size_bytes`` is a guess; the image is cut or extended to what it turns out to need.
+    For a large model that takes seconds (docs/benchmarks.md), which nobody then waits for. ``size_bytes`` is a guess;
+    if it was wrong, the image is cut or extended and page-locked again.
     """
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, page_lock: PageLock) -> None:
         self._name = name
+        self._page_lock = page_lock
         self._allocation: Future[Image | None] = Future()
         threading.Thread(target=self._allocate, args=(size_bytes,), name="image memory", daemon=True).start()
 
     def take(self, size_bytes: int) -> Image:
-        """Once. Raises VmmError: the host has no memory for it."""
+        """Once. Raises VmmError: the host has no memory for it, or cannot page-lock it."""
         image = self._allocation.result()
         if image is None:
-            return Image.create(self._name, size_bytes)
+            return Image.create(self._name, size_bytes, self._page_lock)
         self._allocation = Future()  # it is the caller's now
-        image.resize(size_bytes)
+        image.resize(size_bytes, self._page_lock)
         return image
 
     def close(self) -> None:
@@ -72,7 +73,7 @@ class ImageMemory:
         image = None
         if size_bytes > 0:
             with contextlib.suppress(VmmError):  # it is said when it is needed, and perhaps it is not
-                image = Image.create(self._name, size_bytes)
+                image = Image.create(self._name, size_bytes, self._page_lock)
         self._allocation.set_result(image)
 
 
@@ -105,9 +106,9 @@ def fetch_image(
         if _accepted(data, name).status == "ready":
             return Image.from_fd(fds[0], size_bytes)
         image = memory.take(size_bytes)
-        # The view must be gone before the seal: the kernel refuses to seal a memfd that can be written.
         with image.writable_view() as view:
             fill(view)
+        image.seal()
         socket.send_fds(store, [messages.encode_json(SealImage(key=key))], [image.fileno()])
         _accepted(store.recv(_REPLY_BYTES), name)
         return image

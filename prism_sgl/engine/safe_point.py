@@ -45,6 +45,7 @@ class SafePoint:
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
+        self._strangers_told = False
         self._asked_at = -math.inf
         self._tried_at = -math.inf
 
@@ -100,20 +101,26 @@ class SafePoint:
         # Mapping is all or nothing: page by page where the device has less than the ledger says.
         ranges = self.allocator.elastic.grow_up_to(1 if self._device_was_short else pages)
         self.allocator.add_blocks(ranges)
-        self._tell_of_strangers(self.allocator.elastic.device_is_short)
-        return sum(len(r) for r in ranges) * self.allocator.page_size
+        gained = sum(len(r) for r in ranges) * self.allocator.page_size
+        self._tell_of_strangers(self.allocator.elastic.device_is_short, enough=gained >= tokens)
+        return gained
 
-    def _tell_of_strangers(self, device_is_short: bool) -> None:
-        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why."""
-        if device_is_short and not self._device_was_short:
+    def _tell_of_strangers(self, device_is_short: bool, *, enough: bool) -> None:
+        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why.
+
+        A single page that comes free in between is not the end of it.
+        """
+        self._device_was_short = device_is_short
+        if device_is_short and not self._strangers_told:
+            self._strangers_told = True
             log.warning(
                 "%s has no memory where its budget has room: another process holds it; requests wait. "
                 "End that process, or lower memory in [[devices]]",
                 self.memory.spec.device,
             )
-        if self._device_was_short and not device_is_short:
+        if self._strangers_told and enough and not device_is_short:
+            self._strangers_told = False
             log.info("%s has memory again", self.memory.spec.device)
-        self._device_was_short = device_is_short
 
     def ensure_usable(self, tokens: int) -> bool:
         """Wait until pages for ``tokens`` tokens are mapped, used ones included; False if they never came.
@@ -169,11 +176,13 @@ class SafePoint:
         if self.asleep:
             self._give_weights_to(target)
             return
+        began = time.perf_counter()
         given, lost = self._give_back_to(target, running_batch)
         if given:
             log.info(
-                "reclaim: gave %d MiB back to neighbours, lost %d cached tokens, keeps %d MiB of KV",
+                "reclaim: gave %d MiB back to neighbours in %.1f ms, lost %d cached tokens, keeps %d MiB of KV",
                 given * self.allocator.elastic.pages.page_bytes >> 20,
+                (time.perf_counter() - began) * 1e3,
                 lost,
                 self.allocator.elastic.mapped_bytes >> 20,
             )

@@ -28,6 +28,7 @@ from prism_sgl.engine.slots import build_allocator
 from prism_sgl.engine.support import refuse_other_pools, refuse_unsupported_model
 from prism_sgl.engine.weights_loading import hold_weights
 from prism_sgl.errors import SeamError
+from prism_sgl.units import round_up
 
 SGLANG_VERSION = "0.5.17"
 
@@ -85,7 +86,8 @@ def _load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # SGLang loads into memory of its own; what it will take is leased before, and page by page becomes the arena's.
     if not memory.overhead.settle(memory.spec.weights_bytes, START_TIMEOUT_S):
         raise ShortageError(f"{memory.spec.model}: no room to load on {memory.spec.device}")
-    image_memory = ImageMemory(memory.spec.model, memory.spec.weights_bytes)
+    image_bytes = round_up(memory.spec.weights_bytes, memory.spec.weights_page_bytes)
+    image_memory = ImageMemory(memory.spec.model, image_bytes, memory.device.page_lock)
     try:
         loaded = original(*args, **kwargs)
         hold_weights(loaded.model, kwargs["server_args"], image_memory)

@@ -49,6 +49,7 @@ def hold_weights(model: torch.nn.Module, server_args: Any, image_memory: ImageMe
     )
     copied = time.perf_counter()
     arena.adopt(image)
+    image.page_lock(memory.device.page_lock)  # its maker has done so while the model loaded
     memory.arrival = Arrival(model, vmm)
     log.info(
         "%s: %d storages, %.1f MiB, in the arena in %.2f s, image in %.2f s, page-locked in %.2f s",

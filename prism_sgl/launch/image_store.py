@@ -1,20 +1,19 @@
 """Weight images of all models, held open by the supervisor so that they outlive the runtimes.
 
-An image is a memfd. The first who asks for a key brings it, filled; it is sealed here, and everybody after that
-maps the sealed copy. Its memory is the writer's to allocate, while it loads: here is only counted.
+An image is a memfd. The first who asks for a key brings it, filled and sealed; everybody after that maps the same
+memory. Its memory is the writer's to allocate, while it loads: here is only counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from prism_sgl import addresses, machine
+from prism_sgl import addresses, machine, memfd
 from prism_sgl.messages import (
     DECODE_ERRORS,
     ImageReply,
@@ -28,7 +27,6 @@ from prism_sgl.units import show_size
 _MAX_FRAME_BYTES = 1 << 16
 _MAX_FDS = 4
 _BLOCK_BYTES = 512  # the unit of st_blocks
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 class _Peer:
@@ -255,7 +253,7 @@ def _unfit(fd: int, size_bytes: int) -> str | None:
     if status.st_blocks * _BLOCK_BYTES < size_bytes:
         return "the memfd has holes: a reader that fills one when memory has run out dies of SIGBUS"
     try:
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:  # EBUSY: somebody could still change what others will trust
-        return f"cannot be sealed ({error.strerror}): unmap every writable mapping first"
+        memfd.seal(fd)
+    except OSError as error:
+        return f"cannot be sealed ({error.strerror})"
     return None

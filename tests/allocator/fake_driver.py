@@ -249,6 +249,9 @@ class FakeDriver(CudaCalls):
         self._insist_untouched(range(address, address + size_bytes))
         ctypes.memmove(target, self.read(address, size_bytes), size_bytes)
 
+    def limit_stack(self, size_bytes: int) -> None:
+        self._enter("limit_stack")
+
     def page_lock(self, address: int, size_bytes: int, *, read_only: bool) -> None:
         self._enter("page_lock")
         host = range(address, address + size_bytes)

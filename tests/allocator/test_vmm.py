@@ -114,7 +114,6 @@ def test_copies_only_between_mapped_pages(arena: Vmm) -> None:
 def test_after_settle_every_copy_is_there(arena: Vmm) -> None:
     assert arena.is_settled()
     source = memoryview(bytes(range(256)) * (4 * PAGE_BYTES // 256))
-    arena.prepare_source(source)
     arena.map([range(4)])
     for page in range(4):
         arena.copy_in(page * PAGE_BYTES, source[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])

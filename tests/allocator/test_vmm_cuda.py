@@ -10,7 +10,7 @@ import pytest
 from prism_sgl.allocator import vmm_cuda
 from prism_sgl.allocator.cuda_calls import CudaCalls, DriverError
 from prism_sgl.allocator.vmm import DeviceFullError, address_of
-from prism_sgl.allocator.vmm_cuda import CudaArena, gives_zeroed_memory
+from prism_sgl.allocator.vmm_cuda import CudaArena, gives_zeroed_memory, page_lock
 from prism_sgl.errors import VmmError
 from tests.allocator.backends import FakeCudaBackend, each_failure, read, write
 from tests.allocator.fake_driver import BROKEN, SHORTAGE, FakeDriver
@@ -342,36 +342,33 @@ def test_a_copy_that_fails_with_its_wait_is_still_waited_for(
 # ---------------------------------------------------------------- sources
 
 
-def test_a_prepared_source_is_page_locked_until_close(card: FakeDriver, source: memoryview) -> None:
-    arena = CudaArena("test", NUM_PAGES, PAGE_BYTES, calls=card)
+def test_a_source_is_page_locked_until_it_is_unlocked(card: FakeDriver, source: memoryview) -> None:
     writable = bytearray(PAGE_BYTES)
-    arena.prepare_source(source)
-    arena.prepare_source(memoryview(writable))
+    locks = [page_lock(card, source), page_lock(card, memoryview(writable))]
     assert card.page_locked == {
         address_of(source): (source.nbytes, True),
         address_of(memoryview(writable)): (PAGE_BYTES, False),
     }
-    arena.map([range(NUM_PAGES)])
-    arena.copy_in(0, source)
-    arena.close()
+    for unlock in locks:
+        unlock()
     card.insist_empty()
 
 
-def test_copies_from_a_prepared_source_read_it_when_they_run(card: FakeDriver, arena: CudaArena) -> None:
+def test_copies_from_a_page_locked_source_read_it_when_they_run(card: FakeDriver, arena: CudaArena) -> None:
     data = bytearray(b"\1" * PAGE_BYTES)
-    arena.prepare_source(memoryview(data))
+    page_lock(card, memoryview(data))
     arena.map([range(1)])
     arena.copy_in(0, memoryview(data))
     data[:] = b"\2" * PAGE_BYTES
     assert read(arena, 0) == b"\2" * PAGE_BYTES
 
 
-def test_copies_work_from_a_source_that_could_not_be_prepared(
+def test_copies_work_from_a_source_that_could_not_be_page_locked(
     card: FakeDriver, arena: CudaArena, source: memoryview
 ) -> None:
     card.broken = {"page_lock"}
     with pytest.raises(VmmError, match="page-lock"):
-        arena.prepare_source(source)
+        page_lock(card, source)
     assert card.page_locked == {}
     arena.map([range(1)])
     arena.copy_in(0, source[:PAGE_BYTES])
@@ -384,7 +381,6 @@ def test_copies_work_from_a_source_that_could_not_be_prepared(
 def test_close_gives_everything_back(card: FakeDriver, source: memoryview) -> None:
     arena = CudaArena("test", NUM_PAGES, PAGE_BYTES, calls=card)
     arena.map([range(NUM_PAGES)])
-    arena.prepare_source(source)
     arena.copy_in(0, source)
     arena.close()
     card.insist_empty()
@@ -401,7 +397,6 @@ def test_each_failing_call_of_a_close_can_be_made_up_for(cuda: FakeCudaBackend, 
     def make() -> CudaArena:
         arena = CudaArena("test", NUM_PAGES, PAGE_BYTES, calls=card)
         arena.map([range(3), range(5, 6)])
-        arena.prepare_source(source)
         arena.copy_in(0, source[: 3 * PAGE_BYTES])
         return arena
 

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner
-from prism_sgl.allocator.vmm_cuda import CudaArena
+from prism_sgl.allocator.vmm_cuda import CudaArena, page_lock
 from prism_sgl.allocator.weights import Image, Layout, WeightsArena
 from prism_sgl.errors import VmmError
 from prism_sgl.units import GRANULE_BYTES
@@ -41,7 +43,7 @@ def arena(owner: Owner, backend: Backend, image: Image) -> Iterator[WeightsArena
     yield arena
     backend.calls.repair()
     arena.check()
-    vmm.close()  # before the image, which it may have page-locked
+    vmm.close()
 
 
 @pytest.fixture
@@ -225,16 +227,18 @@ def test_a_sleep_that_failed_can_be_repeated(
     assert holds(arena, image)
 
 
-def test_the_image_is_page_locked_once_and_not_on_the_way_of_a_wake(owner: Owner, image: Image) -> None:
+def test_copies_of_a_page_locked_image_are_done_before_it_is_unlocked(owner: Owner) -> None:
     card = FakeDriver()
     vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, calls=card)
+    image = Image.create("test", NUM_PAGES * PAGE_BYTES, partial(page_lock, card))
+    image.seal()
     arena = WeightsArena(vmm, owner, image)
     for _ in range(3):
         assert arena.wake()
         arena.sleep()
     assert card.made.count("page_lock") == 1
-    assert list(card.page_locked.values()) == [(image.size_bytes, True)]
     vmm.close()
+    image.close()
     card.insist_empty()
 
 
@@ -248,16 +252,6 @@ def test_a_wake_does_not_wait_for_its_copies(owner: Owner, image: Image) -> None
     assert vmm.is_settled()
     vmm.close()
     card.insist_empty()
-
-
-def test_an_image_that_cannot_be_page_locked_is_not_adopted(owner: Owner, image: Image) -> None:
-    card = FakeDriver(broken={"page_lock"})
-    vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, calls=card)
-    arena = WeightsArena(vmm, owner)
-    with pytest.raises(VmmError, match="page-lock"):
-        arena.adopt(image)
-    assert arena.image is None
-    vmm.close()
 
 
 def test_only_a_sealed_image_of_the_right_size_is_adopted(arena: WeightsArena, image: Image) -> None:
@@ -282,17 +276,36 @@ def test_a_sealed_image_cannot_change(image: Image) -> None:
         mmap.mmap(image.fileno(), image.size_bytes)
     with pytest.raises(PermissionError):
         os.ftruncate(image.fileno(), 1)
+    with pytest.raises(PermissionError):
+        os.pwrite(image.fileno(), b"x", 0)
     with pytest.raises(TypeError):
         image.readonly_view()[0] = 1
+    with pytest.raises(ValueError, match="before it is sealed"), image.writable_view():
+        pass
 
 
-def test_an_image_is_not_sealed_while_somebody_may_write_it() -> None:
+def test_the_mapping_that_its_maker_keeps_can_no_longer_be_written() -> None:
+    code = """
+import ctypes
+from prism_sgl.allocator.vmm import address_of
+from prism_sgl.allocator.weights import Image
+image = Image.create("test", 4096)
+with image.writable_view() as view:
+    view[0] = 7
+    address = address_of(view)
+image.seal()
+assert address_of(image.readonly_view()) == address and image.readonly_view()[0] == 7
+print("sealed", flush=True)
+ctypes.memset(address, 1, 1)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (child.stdout, child.returncode) == ("sealed\n", -signal.SIGSEGV)
+
+
+def test_an_image_that_may_still_change_is_read_by_nobody() -> None:
     image = Image.create("test", 4096)
-    with image.writable_view(), pytest.raises(VmmError, match="mapped for writing"):
-        image.seal()
-    assert not image.is_sealed
     with pytest.raises(ValueError, match="not sealed"):
-        image.readonly_view()  # a shared map stands in the way too
+        image.readonly_view()
     image.seal()
     view = image.readonly_view()
     assert image.readonly_view() is view
@@ -300,19 +313,20 @@ def test_an_image_is_not_sealed_while_somebody_may_write_it() -> None:
     image.close()
 
 
-def test_a_kernel_that_maps_no_sealed_file_shared_gets_a_private_map(
-    image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = mmap.mmap
-
-    def before_6_7(fd: int, size_bytes: int, *, flags: int, prot: int) -> mmap.mmap:
-        if flags == mmap.MAP_SHARED:
-            raise PermissionError
-        return real(fd, size_bytes, flags=flags, prot=prot)
-
-    expected = os.pread(image.fileno(), 4096, 0)
-    monkeypatch.setattr(mmap, "mmap", before_6_7)
-    assert image.readonly_view()[:4096] == expected
+def test_an_image_is_page_locked_once_until_it_is_closed(image: Image) -> None:
+    card = FakeDriver()
+    lock = partial(page_lock, card)
+    made = Image.create("made", 1 << 20, lock)
+    made.seal()
+    made.page_lock(lock)
+    read = Image.from_fd(os.dup(image.fileno()), image.size_bytes)
+    read.page_lock(lock)
+    assert sorted(card.page_locked.values()) == [(1 << 20, False), (image.size_bytes, True)]
+    for one in (made, read):
+        one.check()
+        assert one.is_page_locked
+        one.close()
+    card.insist_empty()
 
 
 def test_all_memory_of_an_image_is_there_at_once_and_shared() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ from prism_sgl.errors import VmmError
 MIB = 1 << 20
 
 
+class Locks:
+    """Page locks that are held, by size."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def __call__(self, source: memoryview) -> Callable[[], None]:
+        size_bytes = source.nbytes
+        self.held.append(size_bytes)
+        return lambda: self.held.remove(size_bytes)
+
+
 def images_open() -> int:
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     return sum("prism-image:unit" in link for link in links)
@@ -22,39 +35,41 @@ def images_open() -> int:
 
 @pytest.mark.parametrize("guess", [0, MIB, 4 * MIB], ids=["no guess", "too little", "too much"])
 def test_the_guess_is_cut_or_extended(guess: int) -> None:
-    memory = ImageMemory("unit", guess)
+    locks = Locks()
+    memory = ImageMemory("unit", guess, locks)
     image = memory.take(2 * MIB)
     memory.close()
+    assert image.is_page_locked and locks.held == [2 * MIB]
     status = os.fstat(image.fileno())
     assert (image.size_bytes, status.st_size, status.st_blocks * 512) == (2 * MIB, 2 * MIB, 2 * MIB)
     image.close()
-    assert images_open() == 0
+    assert images_open() == 0 and not locks.held
 
 
 def test_closing_waits_for_nothing_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another runtime has made the image, a start must not wait for memory that it does not need."""
     may_go, gone = threading.Event(), threading.Event()
-    create = Image.create
+    locks = Locks()
 
-    def slowly(name: str, size_bytes: int) -> Image:
+    def slowly(source: memoryview) -> Callable[[], None]:
         may_go.wait(30)
-        return create(name, size_bytes)
+        return locks(source)
 
-    monkeypatch.setattr(Image, "create", slowly)
     monkeypatch.setattr(Image, "close", lambda image, close=Image.close: (close(image), gone.set()))
-    memory = ImageMemory("unit", MIB)
+    memory = ImageMemory("unit", MIB, slowly)
     memory.close()  # returns although there is nothing yet
     may_go.set()
     assert gone.wait(30)
-    assert images_open() == 0
+    assert images_open() == 0 and not locks.held
 
 
-def test_a_host_without_memory_is_told_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, size_bytes: int) -> Image:
-        raise VmmError("no host memory")
+@pytest.mark.parametrize("guess", [0, MIB])
+def test_memory_that_cannot_be_page_locked_is_told_when_it_matters(guess: int) -> None:
+    def fail(source: memoryview) -> Callable[[], None]:
+        raise VmmError("cannot page-lock")
 
-    monkeypatch.setattr(Image, "create", fail)
-    memory = ImageMemory("unit", MIB)
-    with pytest.raises(VmmError, match="no host memory"):
+    memory = ImageMemory("unit", guess, fail)
+    with pytest.raises(VmmError, match="page-lock"):
         memory.take(MIB)
     memory.close()
+    assert images_open() == 0

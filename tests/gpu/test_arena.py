@@ -91,7 +91,7 @@ def test_copies_arrive_and_hold_work_back() -> None:
     view = device.bytes_at(arena.base, 16 * PAGE)
     source = mmap.mmap(-1, 16 * PAGE)
     source[:] = bytes([7]) * (16 * PAGE)
-    arena.prepare_source(memoryview(source))
+    unlock = device.page_lock(memoryview(source))
     stream = torch.cuda.Stream()
     arena.copy_in(0, memoryview(source))
     assert not arena.is_settled(), "a GiB cannot have arrived yet"
@@ -102,6 +102,7 @@ def test_copies_arrive_and_hold_work_back() -> None:
     arena.settle()
     assert arena.is_settled()
     arena.close()
+    unlock()
 
 
 def test_a_stray_access_to_an_unmapped_page_is_found() -> None:

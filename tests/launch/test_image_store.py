@@ -184,15 +184,30 @@ def test_killed_writer_is_followed_by_the_one_who_waits(store: RunningStore) -> 
     assert any("its writer has gone" in line for line in store.lines)
 
 
-def test_seal_is_refused_while_a_writable_mapping_is_left(store: RunningStore) -> None:
-    with store.connect() as client:
+def test_a_maker_that_keeps_its_mapping_lets_nobody_else_write(store: RunningStore) -> None:
+    """It has page-locked that mapping, and makes it read-only by itself (allocator/image.py)."""
+    with store.connect() as client, store.connect() as other:
         ask(client, "k", MIB)
         fd = memory_file(MIB)
-        mapping = mmap.mmap(fd, MIB)
+        with mmap.mmap(fd, MIB):
+            assert seal(client, "k", fd).status == "sealed"
+            reply, theirs = ask(other, "k", MIB)
+            assert reply.status == "ready"
+            with pytest.raises(OSError):
+                mmap.mmap(theirs, MIB)
+            with pytest.raises(OSError):
+                os.pwrite(theirs, b"x", 0)
+            os.close(theirs)
+        os.close(fd)
+
+
+def test_what_cannot_be_sealed_is_refused(store: RunningStore) -> None:
+    with store.connect() as client:
+        ask(client, "k", MIB)
+        fd = os.memfd_create("image", os.MFD_CLOEXEC)  # allows no seals
+        os.posix_fallocate(fd, 0, MIB)
         reply = seal(client, "k", fd)
-        assert (reply.status, "unmap every writable mapping" in reply.reason) == ("refused", True)
-        mapping.close()
-        assert seal(client, "k", fd).status == "sealed"
+        assert (reply.status, "cannot be sealed" in reply.reason) == ("refused", True)
         os.close(fd)
 
 
