@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 64
 MAX_BELL_BYTES = 107  # sun_path without its final zero
 _BELL_BYTES = 112
 MAGIC = int.from_bytes(b"prismldg", sys.byteorder)
-VERSION = 1
+VERSION = 2
 STATES = tuple(RuntimeState)  # stored as an index; new states come last
 
 
@@ -57,7 +57,8 @@ class Column(enum.IntEnum):
     ANSWERED_SEQ = 15
     TARGET = 16
     TARGET_DEADLINE = 17
-    TARGET_SEQ = 18  # written after the two above
+    TARGET_ENFORCED = 18
+    TARGET_SEQ = 19  # written after the three above
 
 
 _NAMES_AT = (Header.NUM_WORDS + len(Column) * NUM_SLOTS) * 8
@@ -161,7 +162,10 @@ class LedgerTable:
         target = None
         if of_slot[Column.TARGET_SEQ] != of_slot[Column.ANSWERED_SEQ]:
             target = Target(
-                of_slot[Column.TARGET], of_slot[Column.TARGET_SEQ], of_slot[Column.TARGET_DEADLINE]
+                of_slot[Column.TARGET],
+                of_slot[Column.TARGET_SEQ],
+                of_slot[Column.TARGET_DEADLINE],
+                of_slot[Column.TARGET_ENFORCED],
             )
         return OwnerView(
             slot=slot,
@@ -190,20 +194,23 @@ class LedgerTable:
         while seq != self.read(Column.ANSWERED_SEQ, slot):
             granules = self.read(Column.TARGET, slot)
             deadline_ns = self.read(Column.TARGET_DEADLINE, slot)
+            enforced = self.read(Column.TARGET_ENFORCED, slot)
             again = self.read(Column.TARGET_SEQ, slot)
             if again == seq:
-                return Target(granules, seq, deadline_ns)
+                return Target(granules, seq, deadline_ns, enforced)
             seq = again
         return None
 
-    def write_target(self, slot: int, granules: int, deadline_ns: int) -> Target:
+    def write_target(self, slot: int, granules: int, enforced: int, deadline_ns: int) -> Target:
         """Set the target, never below what the owner may keep. Under the lock."""
-        granules = max(granules, 0 if self.is_asleep(slot) else self.read(Column.FLOOR, slot))
+        kept = 0 if self.is_asleep(slot) else self.read(Column.FLOOR, slot)
+        granules, enforced = max(granules, kept), max(enforced, kept)
         seq = self.read(Column.TARGET_SEQ, slot) + 1
         self.write(Column.TARGET, slot, granules)
         self.write(Column.TARGET_DEADLINE, slot, deadline_ns)
+        self.write(Column.TARGET_ENFORCED, slot, enforced)
         self.write(Column.TARGET_SEQ, slot, seq)
-        return Target(granules, seq, deadline_ns)
+        return Target(granules, seq, deadline_ns, enforced)
 
     def is_asleep(self, slot: int) -> bool:
         return STATES[self.read(Column.STATE, slot)] is RuntimeState.ASLEEP
@@ -241,6 +248,7 @@ class LedgerTable:
             assert self.read(Column.ANSWERED_SEQ, slot) <= self.read(Column.TARGET_SEQ, slot)
             if view.target is not None and view.alive:
                 assert view.target.granules >= view.kept, (view.name, view.target, view.kept)
+                assert view.target.enforced >= view.target.granules, (view.name, view.target)
 
     def _text(self, start: int, size: int, slot: int) -> str:
         at = start + slot * size

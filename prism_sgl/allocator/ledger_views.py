@@ -6,12 +6,15 @@ Amounts are granules of 2 MiB. Times are ``time.monotonic_ns()``, which all proc
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass
 
 from prism_sgl.messages import RuntimeState
 
 # States in which a runtime passes safe points, so that it can answer a reclaim target.
 _ANSWERS = frozenset({RuntimeState.AWAKE, RuntimeState.DRAINING, RuntimeState.ASLEEP})
+
+NOT_ENFORCED = sys.maxsize
 
 
 class Kind(enum.IntEnum):
@@ -34,11 +37,16 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A victim should shrink what is elastic of it to ``granules``; after the deadline at the cost of requests."""
+    """A victim should shrink what is elastic of it to ``granules``.
+
+    It admits no more until it has, and gives what its running requests do not need. Down to ``enforced`` somebody has
+    a right to it: after the deadline these requests go back to the queue.
+    """
 
     granules: int
     seq: int
     deadline_ns: int
+    enforced: int = NOT_ENFORCED
 
     def overdue(self, now_ns: int) -> bool:
         return now_ns >= self.deadline_ns

@@ -8,7 +8,7 @@ import time
 from prism_sgl.allocator import crash_points, doorbell, reclaim
 from prism_sgl.allocator.ledger_lock import Life
 from prism_sgl.allocator.ledger_table import STATES, Column, LedgerTable
-from prism_sgl.allocator.ledger_views import Kind, OwnerView, Posted, Target
+from prism_sgl.allocator.ledger_views import NOT_ENFORCED, Kind, OwnerView, Posted, Target
 from prism_sgl.errors import LedgerError
 from prism_sgl.messages import RuntimeState
 
@@ -139,11 +139,10 @@ class Owner:
             if self._table.is_asleep(self._slot):
                 return  # the quota is of KV, and there is none
             if target is not None and target.granules < floor:
-                self._table.write_target(self._slot, floor, target.deadline_ns)
+                self._table.write_target(self._slot, floor, target.enforced, target.deadline_ns)
             elif self.held(Kind.KV) > ceiling and (target is None or target.granules > ceiling):
-                self._table.write_target(
-                    self._slot, ceiling, _NEVER_NS if target is None else target.deadline_ns
-                )
+                known = Target(ceiling, 0, _NEVER_NS) if target is None else target
+                self._table.write_target(self._slot, ceiling, known.enforced, known.deadline_ns)
 
     def set_state(self, state: RuntimeState) -> None:
         """A target counts other things in another state, so a change settles it; who still lacks memory asks again."""
@@ -173,6 +172,17 @@ class Owner:
     def target(self) -> Target | None:
         """What this owner should shrink to, None if nothing is asked. Polled at every safe point: no lock."""
         return self._table.target(self._slot)
+
+    def is_target_wanted(self) -> bool:
+        """A neighbour still waits for what it has asked for, or our ceiling demands it. Needs no lock."""
+        if self.held(Kind.KV) > self._table.read(Column.CEILING, self._slot):
+            return True
+        asks = self._table.column(Column.ASKED)
+        now_ns = time.monotonic_ns()
+        return any(
+            granules > 0 and slot != self._slot and self._table.read(Column.ASKED_UNTIL, slot) > now_ns
+            for slot, granules in enumerate(asks)
+        )
 
     def answer_target(self, seq: int) -> None:
         """This target is met, or cannot be. A later one stays."""
@@ -211,12 +221,12 @@ class Owner:
         return posted
 
     def overdue_victims(self) -> list[str]:
-        """Names of those that have not met a target of ours in time. They are asked again, and others instead."""
+        """Names of those that have not given in time what we have a right to: asked again, and others instead."""
         now_ns = time.monotonic_ns()
         with self._table.lock:
             owners = {owner.slot: owner for owner in self._table.owners()}
             late = [p for p in self._posted if p.target.overdue(now_ns) and _owed(p, owners) > 0]
-        return sorted({post.name for post in late})
+        return sorted({p.name for p in late if owners[p.slot].elastic > p.target.enforced})
 
     def _ask(self, granules: int, now_ns: int, deadline_ns: int) -> None:
         """Say that we wait, keeping our place in the line if we did already."""
@@ -230,11 +240,13 @@ class Owner:
     def _post(self, claim: reclaim.Claim, deadline_ns: int) -> Posted:
         crash_points.crash_point("while_posting_target")
         victim = claim.victim
-        kept = victim.elastic
+        kept, enforced = victim.elastic, NOT_ENFORCED
         if victim.target is not None:
-            kept = min(kept, victim.target.granules)
+            kept, enforced = min(kept, victim.target.granules), victim.target.enforced
             deadline_ns = min(deadline_ns, victim.target.deadline_ns)
-        target = self._table.write_target(victim.slot, kept - claim.granules, deadline_ns)
+        if claim.by_right:
+            enforced = min(victim.elastic, enforced) - claim.granules
+        target = self._table.write_target(victim.slot, kept - claim.granules, enforced, deadline_ns)
         return Posted(victim.slot, victim.epoch, victim.name, victim.bell, claim.granules, target)
 
     # ---------------------------------------------------------------- the end

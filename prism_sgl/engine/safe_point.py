@@ -15,11 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
-
-from prism_sgl.allocator.ledger import Kind, Target
-from prism_sgl.allocator.vmm import GRANULE_BYTES
-from prism_sgl.engine.page_eviction import evict_pages
+from prism_sgl.engine.giving import Giving, answer_tokens, chunk_rest
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
@@ -46,6 +42,7 @@ class SafePoint:
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
         self._strangers_told = False
+        self.giving = Giving(scheduler, memory)
         self._asked_at = -math.inf
         self._tried_at = -math.inf
 
@@ -54,12 +51,13 @@ class SafePoint:
     def next_batch(self, original: Callable[..., Any], running_batch: Any, last_batch: Any) -> Any:
         # A ring that nobody takes would keep the idle engine's poll from ever sleeping.
         self.memory.bell.drain()
-        self._answer_target(running_batch)
         if self.asleep:
+            self.giving.give_weights()
             return original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
         if self.memory.arrival is not None:
             self.memory.arrival.look()
         self.memory.overhead.look()
+        self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
         short = self._grow_for_work(running_batch)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
@@ -67,6 +65,11 @@ class SafePoint:
             # Admission waits for memory that a neighbour holds; without this pause the loop would spin on it.
             self.memory.bell.wait(_RETRY_S)
         return plan
+
+    def before_admission(self, running_batch: Any) -> None:
+        """What neighbours are owed does not go to new requests. A prefill that is half done goes on all the same."""
+        if self.giving.owes:
+            running_batch.batch_is_full = True
 
     # -- growing
 
@@ -76,8 +79,8 @@ class SafePoint:
         running = self._running_tokens(running_batch)
         busy = bool(waiting or running)
         lacking = waiting + running - self.allocator.available_size()
-        # At its ceiling an engine has nothing to ask for: its own prefix cache gives way.
-        wanted = min(lacking, self.allocator.unmapped_tokens())
+        # At its ceiling an engine has nothing to ask for: its own prefix cache gives way. Nor while it owes.
+        wanted = 0 if self.giving.owes else min(lacking, self.allocator.unmapped_tokens())
         pause_s = _STRANGER_RETRY_S if self._device_was_short else _RETRY_S
         if wanted > 0 and time.monotonic() - self._tried_at > pause_s:
             self._tried_at = time.monotonic()
@@ -93,7 +96,7 @@ class SafePoint:
             self._asked_at = time.monotonic()
             self.memory.ask_neighbours(granules(self._bytes_for(missing)))
         self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
-        return bool(lacking > self.tree.evictable_size())
+        return self.giving.owes or bool(lacking > self.tree.evictable_size())
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
@@ -152,118 +155,14 @@ class SafePoint:
         block = self.allocator.page_size
         waiting = self.scheduler.waiting_queue[: max(slots, 0)]
         total = sum(
-            len(r.origin_input_ids) + len(r.output_ids) + _answer_tokens(r) + 2 * block for r in waiting
+            len(r.origin_input_ids) + len(r.output_ids) + answer_tokens(r) + 2 * block for r in waiting
         )
         chunked = self.scheduler.chunked_req
         if chunked is not None:
-            total += self._chunk_rest(chunked) + _answer_tokens(chunked) + 2 * block
+            total += chunk_rest(chunked) + answer_tokens(chunked) + 2 * block
         return total
 
     def _running_tokens(self, running_batch: Any) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
         block = self.allocator.page_size
-        return sum(_answer_tokens(r) + block for r in running_batch.reqs)
-
-    def _chunk_rest(self, chunked: Any) -> int:
-        return max(0, len(chunked.origin_input_ids) + len(chunked.output_ids) - len(chunked.prefix_indices))
-
-    # -- giving back
-
-    def _answer_target(self, running_batch: Any) -> None:
-        target = self.memory.owner.target()
-        if target is None:
-            return
-        if self.asleep:
-            self._give_weights_to(target)
-            return
-        began = time.perf_counter()
-        given, lost = self._give_back_to(target, running_batch)
-        if given:
-            log.info(
-                "reclaim: gave %d MiB back to neighbours in %.1f ms, lost %d cached tokens, keeps %d MiB of KV",
-                given * self.allocator.elastic.pages.page_bytes >> 20,
-                (time.perf_counter() - began) * 1e3,
-                lost,
-                self.allocator.elastic.mapped_bytes >> 20,
-            )
-        if self._excess_pages(target) <= 0:
-            self.memory.owner.answer_target(target.seq)
-
-    def _give_weights_to(self, target: Target) -> None:
-        """A sleeper's neighbours need memory: as many of its last pages as they ask for."""
-        weights = self.memory.weights
-        assert weights is not None
-        excess = self.memory.owner.held(Kind.WEIGHTS) - target.granules
-        given = weights.give_back(math.ceil(excess * GRANULE_BYTES / weights.vmm.page_bytes))
-        log.info(
-            "reclaim: gave %d MiB of sleeping weights back, keeps %d MiB",
-            given * weights.vmm.page_bytes >> 20,
-            weights.vmm.mapped_bytes >> 20,
-        )
-        self.memory.owner.answer_target(target.seq)
-
-    def _give_back_to(self, target: Target, running_batch: Any) -> tuple[int, int]:
-        """(pages given, cached tokens lost) on the way down to the target: empty pages, prefix cache, requests."""
-        if self.scheduler.enable_overlap:
-            # The forward in flight still writes slots that were freed meanwhile (facts 4.2).
-            self.scheduler.forward_stream.synchronize()
-        given = self.allocator.drop_pages(self._spare(self._excess_pages(target)))
-        lost = 0
-        excess = self._excess_pages(target)
-        if excess > 0 and self.tree.evictable_size() > 0:
-            lost = evict_pages(self.tree, self.allocator, excess)
-            given += self.allocator.drop_pages(self._spare(excess))
-        if self._excess_pages(target) > 0 and target.overdue(time.monotonic_ns()):
-            given += self._retract_to(target, running_batch)
-        return given, lost
-
-    def _spare(self, num_pages: int) -> list[int]:
-        """Up to ``num_pages`` empty pages, highest first, never what a chunked prefill was promised.
-
-        Its later chunks are allocated without a new admission test, so what they need must stay.
-        """
-        if num_pages <= 0:
-            return []
-        empty = [p for p in self.allocator.empty_pages() if p != self.allocator.elastic.pages.pinned_page]
-        chunked = self.scheduler.chunked_req
-        if chunked is not None:
-            reserve = self._chunk_rest(chunked) + 2 * self.allocator.page_size
-            free = self.allocator.available_size() + self.tree.evictable_size() - reserve
-            num_pages = min(num_pages, max(0, free // self._page_tokens))
-        return empty[:num_pages]
-
-    def _excess_pages(self, target: Target) -> int:
-        excess = self.memory.owner.held(Kind.KV) - target.granules
-        return math.ceil(excess * GRANULE_BYTES / self.allocator.elastic.pages.page_bytes)
-
-    def _retract_to(self, target: Target, batch: Any) -> int:
-        """Send running requests back to the queue, youngest answers first, until the target is met.
-
-        They lose nothing but time: SGLang prefills prompt and answer so far again (schedule_batch.py:2734).
-        One stays: the floor is at least one request of full length.
-        """
-        if batch is None or batch.is_empty():
-            return 0
-        batch.filter_batch()
-        keep = batch._get_decode_retraction_order(batch.reqs, self.scheduler.server_args)
-        retracted = []
-        given = 0
-        while len(keep) > 1 and self._excess_pages(target) > 0:
-            index = keep.pop()
-            retracted.append(batch.reqs[index])
-            batch.release_req(index, len(keep), self.scheduler.server_args)
-            evict_pages(self.tree, self.allocator, self._excess_pages(target))
-            given += self.allocator.drop_pages(self._spare(self._excess_pages(target)))
-        if retracted:
-            batch.filter_batch(keep_indices=keep)
-            batch.batch_is_full = False
-            for request in retracted:
-                self.scheduler._add_request_to_queue(request, is_retracted=True)
-            log.info("reclaim: %d running requests wait again", len(retracted))
-        return given
-
-
-def _answer_tokens(request: Any) -> int:
-    """Tokens that admission reserves for the rest of an answer (schedule_policy.py:559)."""
-    rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
-    return min(max(rest, 0), int(CLIP_MAX_NEW_TOKENS))
+        return sum(answer_tokens(r) + block for r in running_batch.reqs)

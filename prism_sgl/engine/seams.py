@@ -111,6 +111,13 @@ def _next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any
     return point.next_batch(original, running_batch, last_batch)
 
 
+def _new_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    point = RuntimeMemory.current().safe_point
+    assert point is not None
+    point.before_admission(running_batch)
+    return original(scheduler, running_batch)
+
+
 def _register_bell(result: Any, scheduler: Any) -> None:
     """An idle engine sleeps in a poll; a neighbour's doorbell must wake it."""
     # Incoming only: a datagram socket can always be written, and the default would never let the poll sleep.
@@ -204,6 +211,12 @@ SEAMS: tuple[Seam, ...] = (
         HookType.AROUND,
         _next_batch,
         ("self", "running_batch", "last_batch"),
+    ),
+    Seam(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        HookType.AROUND,
+        _new_prefill,
+        ("self", "running_batch"),
     ),
     Seam(f"{_SCHEDULER}.init_idle_sleeper", HookType.AFTER, _register_bell, ("self",)),
     Seam(f"{_SCHEDULER}.get_init_info", HookType.AFTER, _init_info, ("self",)),

@@ -9,6 +9,7 @@ import pytest
 
 from prism_sgl.allocator import doorbell
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner, OwnerView, Target
+from prism_sgl.allocator.ledger_views import NOT_ENFORCED
 from prism_sgl.allocator.reclaim import choose_victims
 from prism_sgl.messages import RuntimeState
 from tests.allocator.conftest import join
@@ -146,6 +147,17 @@ def test_equals_share_with_a_gap() -> None:
     assert chosen(me, [asked], 100) == [(1, 1)]
 
 
+def test_only_who_lacks_its_floor_or_ranks_higher_may_send_requests_back() -> None:
+    others = [owner(1, kv=200), owner(2, kv=20, priority=-1), owner(3, kv=5, busy=False, priority=9)]
+
+    def rights(me: OwnerView) -> dict[int, bool]:
+        claims = choose_victims(me, [me, *others], 50, NOW_NS)
+        return {claim.victim.slot: claim.by_right for claim in claims}
+
+    assert rights(HUNGRY) == {3: True, 2: True, 1: True}
+    assert rights(SATED) == {3: False, 2: True, 1: False}
+
+
 # ---------------------------------------------------------------- in the ledger
 
 
@@ -198,6 +210,40 @@ def test_two_askers_add_up_and_one_that_asks_again_does_not(ledger: Ledger) -> N
     target = victim.target()
     assert target is not None
     assert target.granules == 10
+
+
+def test_only_what_is_asked_by_right_is_enforced(ledger: Ledger) -> None:
+    victim = join(ledger, "victim")
+    equal = join(ledger, "equal")
+    entitled = join(ledger, "entitled", floor=10)
+    for busy in (victim, equal, entitled):
+        busy.set_activity(True, 0, 1)
+    assert victim.try_reserve(Kind.KV, 60)
+    equal.post_targets(20, 60.0)
+    target = victim.target()
+    assert target is not None and (target.granules, target.enforced) == (40, NOT_ENFORCED)
+    entitled.post_targets(10, 60.0)
+    target = victim.target()
+    assert target is not None and (target.granules, target.enforced) == (30, 50)
+    ledger.check()
+    # The right is of the sum of what was asked by right.
+    entitled.post_targets(15, 60.0)
+    target = victim.target()
+    assert target is not None and (target.granules, target.enforced) == (25, 45)
+
+
+def test_a_target_is_wanted_while_somebody_asks_or_the_ceiling_demands_it(ledger: Ledger) -> None:
+    victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=10)
+    assert victim.try_reserve(Kind.KV, 60)
+    assert not victim.is_target_wanted()
+    asker.post_targets(10, 60.0)
+    assert victim.is_target_wanted() and not asker.is_target_wanted()
+    asker.set_activity(True, 0, 1)  # wants nothing any more
+    assert not victim.is_target_wanted()
+    asker.post_targets(10, 0.0)
+    assert not victim.is_target_wanted(), "an ask ends with its time"
+    victim.set_quota(0, 40)
+    assert victim.is_target_wanted()
 
 
 def test_an_answer_counts_for_its_own_target_only(ledger: Ledger) -> None:

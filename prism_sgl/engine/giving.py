@@ -1,0 +1,187 @@
+"""Answering what neighbours ask for: what one runtime gives, in which order, and what it refrains from meanwhile.
+
+Empty pages first, then prefix cache page by page, both only as far as running requests can still end. Running requests
+go back to the queue only for a neighbour with a right to the memory (allocator/reclaim.py). While something is owed
+nothing is admitted and nothing taken: an engine that admits what it has just sent back gives nothing, and prefills for
+ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+from prism_sgl.allocator.ledger import Kind, Target
+from prism_sgl.allocator.vmm import GRANULE_BYTES
+from prism_sgl.engine.page_eviction import evict_pages
+from prism_sgl.engine.runtime_memory import RuntimeMemory
+from prism_sgl.engine.slots import ElasticAllocator
+
+log = logging.getLogger(__name__)
+
+# Looking for what can be given waits for the device. While a target is not met, that is worth it so often.
+_LOOK_AGAIN_S = 0.02
+
+
+class Giving:
+    """Owner of the answer to this runtime's reclaim target. Called at safe points only."""
+
+    def __init__(self, scheduler: Any, memory: RuntimeMemory) -> None:
+        self.scheduler = scheduler
+        self.memory = memory
+        self.allocator: ElasticAllocator = scheduler.token_to_kv_pool_allocator
+        self.tree = scheduler.tree_cache
+        self.owes = False  # a target is not met yet
+        self._looked_at = (-1, 0.0)  # sequence number of the target, and when
+
+    # -- asleep
+
+    def give_weights(self) -> None:
+        """A sleeper's neighbours need memory: as many of its last pages as they ask for."""
+        target, weights = self.memory.owner.target(), self.memory.weights
+        if target is None:
+            return
+        assert weights is not None
+        excess = self.memory.owner.held(Kind.WEIGHTS) - target.granules
+        given = weights.give_back(math.ceil(excess * GRANULE_BYTES / weights.vmm.page_bytes))
+        log.info(
+            "reclaim: gave %d MiB of sleeping weights back, keeps %d MiB",
+            given * weights.vmm.page_bytes >> 20,
+            weights.vmm.mapped_bytes >> 20,
+        )
+        self.memory.owner.answer_target(target.seq)
+
+    # -- awake
+
+    def give_kv(self, running: Any, last: Any) -> None:
+        """``running``: the batch that decodes; ``last``: of the turn before, which SGLang merges into it only later."""
+        target = self.memory.owner.target()
+        if target is None:
+            self._settle(running, last)
+            return
+        now = time.monotonic()
+        seq, looked_at = self._looked_at
+        if self.owes and seq == target.seq and now - looked_at < _LOOK_AGAIN_S:
+            return
+        self._looked_at = target.seq, now
+        given, lost = self._give(target, running, last)
+        if given:
+            log.info(
+                "reclaim: gave %d MiB back to neighbours in %.1f ms, lost %d cached tokens, keeps %d MiB of KV",
+                given * self.allocator.elastic.pages.page_bytes >> 20,
+                (time.monotonic() - now) * 1e3,
+                lost,
+                self.allocator.elastic.mapped_bytes >> 20,
+            )
+        if self._excess_pages(target.granules) <= 0 or not self.memory.owner.is_target_wanted():
+            self.memory.owner.answer_target(target.seq)
+            self._settle(running, last)
+        else:
+            self.owes = True
+
+    def _settle(self, running: Any, last: Any) -> None:
+        if self.owes:
+            self.owes = False
+            for batch in (running, last):
+                if batch is not None:
+                    batch.batch_is_full = False
+
+    def _give(self, target: Target, running: Any, last: Any) -> tuple[int, int]:
+        """(pages given, cached tokens lost)"""
+        if self.scheduler.enable_overlap:
+            # The forward in flight still writes slots that were freed meanwhile (facts 4.2).
+            self.scheduler.forward_stream.synchronize()
+        merging = (
+            last is not None and last is not running and last.forward_mode.is_extend() and not last.is_empty()
+        )
+        requests = [*running.reqs, *last.reqs] if merging else running.reqs
+        given, lost = self._give_pages(target, requests)
+        if self._excess_pages(target.enforced) > 0 and target.overdue(time.monotonic_ns()) and not merging:
+            # Requests of a batch that is yet to be merged would keep the pages; in the next turn they are all in one.
+            more, dropped = self._retract_to(target, running)
+            given, lost = given + more, lost + dropped
+        return given, lost
+
+    def _give_pages(self, target: Target, requests: Iterable[Any]) -> tuple[int, int]:
+        allowed = self._pages_to_give(target, requests)
+        given = self.allocator.drop_pages(self._empty_pages()[:allowed])
+        lost = 0
+        if given < allowed and self.tree.evictable_size() > 0:
+            lost = evict_pages(self.tree, self.allocator, allowed - given)
+            given += self.allocator.drop_pages(self._empty_pages()[: allowed - given])
+        return given, lost
+
+    def _pages_to_give(self, target: Target, requests: Iterable[Any]) -> int:
+        """What is asked for, as far as these requests can end without it, and by right as far as it is not used.
+
+        Later chunks of a chunked prefill are allocated without a new admission test, so what they need stays.
+        """
+        free = self.allocator.available_size() + self.tree.evictable_size() - self._chunked_tokens()
+        pages = self.allocator.elastic.pages
+        page_tokens = pages.blocks_per_page * self.allocator.page_size
+        can_end = min(self._excess_pages(target.granules), (free - self._rest_of(requests)) // page_tokens)
+        by_right = min(self._excess_pages(target.enforced), free // page_tokens)
+        return int(max(can_end, by_right, 0))
+
+    def _empty_pages(self) -> list[int]:
+        """Highest first."""
+        pinned = self.allocator.elastic.pages.pinned_page
+        return [page for page in self.allocator.empty_pages() if page != pinned]
+
+    def _chunked_tokens(self) -> int:
+        chunked = self.scheduler.chunked_req
+        return 0 if chunked is None else chunk_rest(chunked) + 2 * self.allocator.page_size
+
+    def _rest_of(self, requests: Iterable[Any]) -> int:
+        """Tokens that they will still write, by SGLang's own estimate (schedule_policy.py:559)."""
+        ratio = self.scheduler.new_token_ratio_tracker.current
+        total = 0.0
+        for request in requests:
+            exact = request.sampling_params.ignore_eos
+            total += answer_tokens(request) * (1.0 if exact else ratio) + self.allocator.page_size
+        return math.ceil(total)
+
+    def _excess_pages(self, granules: int) -> int:
+        excess = self.memory.owner.held(Kind.KV) - granules
+        return math.ceil(excess * GRANULE_BYTES / self.allocator.elastic.pages.page_bytes)
+
+    def _retract_to(self, target: Target, batch: Any) -> tuple[int, int]:
+        """Send running requests back to the queue, youngest answers first, until what is enforced is given.
+
+        They lose nothing but time: SGLang prefills prompt and answer so far again (schedule_batch.py:2734).
+        One stays: the floor is at least one request of full length.
+        """
+        if batch.is_empty():
+            return 0, 0
+        batch.filter_batch()
+        keep = batch._get_decode_retraction_order(batch.reqs, self.scheduler.server_args)
+        retracted = []
+        given = lost = 0
+        while len(keep) > 1 and self._excess_pages(target.enforced) > 0:
+            index = keep.pop()
+            retracted.append(batch.reqs[index])
+            batch.release_req(index, len(keep), self.scheduler.server_args)
+            more, dropped = self._give_pages(target, [batch.reqs[index] for index in keep])
+            given, lost = given + more, lost + dropped
+        if retracted:
+            batch.filter_batch(keep_indices=keep)
+            for request in retracted:
+                self.scheduler._add_request_to_queue(request, is_retracted=True)
+            log.info("reclaim: %d running requests wait again", len(retracted))
+        return given, lost
+
+
+def answer_tokens(request: Any) -> int:
+    """Tokens that admission reserves for the rest of an answer (schedule_policy.py:559)."""
+    rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
+    return min(max(rest, 0), int(CLIP_MAX_NEW_TOKENS))
+
+
+def chunk_rest(chunked: Any) -> int:
+    """Tokens of a chunked prefill that are still to come."""
+    return max(0, len(chunked.origin_input_ids) + len(chunked.output_ids) - len(chunked.prefix_indices))
