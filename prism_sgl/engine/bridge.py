@@ -12,7 +12,7 @@ import logging
 import re
 import traceback
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote
@@ -20,7 +20,9 @@ from urllib.parse import unquote
 import zmq
 
 from prism_sgl import addresses, messages
+from prism_sgl.engine.asgi_exchange import AsgiApp, Exchange
 from prism_sgl.engine.deadlines import promise
+from prism_sgl.frame_socket import FrameSocket
 from prism_sgl.messages import (
     Broke,
     Cancel,
@@ -40,130 +42,13 @@ from prism_sgl.messages import (
 
 log = logging.getLogger(__name__)
 
-AsgiMessage = MutableMapping[str, Any]
-AsgiApp = Callable[
-    [
-        MutableMapping[str, Any],
-        Callable[[], Awaitable[AsgiMessage]],
-        Callable[[AsgiMessage], Awaitable[None]],
-    ],
-    Awaitable[None],
-]
-
 # SGLang aborts a request 2 s after its client has gone; an app that has not ended by then is cancelled.
 _CANCEL_GRACE_S = 5.0
 # api_servers ping every 2 s while we answer for them; one that is silent so long has no clients any more.
 _PEER_SILENT_S = 15.0
 _LOOK_EVERY_S = 2.0
 _REMEMBERED = 10_000
-_READ_BATCH = 256
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_USAGE_BYTES = 4096
 _USAGE = re.compile(rb'"(prompt_tokens|cached_tokens|completion_tokens)"\s*:\s*(\d{1,12})')
-
-
-class _Exchange:
-    """One request at the app: its ASGI ``receive`` and ``send``."""
-
-    def __init__(self, bridge: AsgiBridge, peer: bytes, forward: Forward, body: bytes) -> None:
-        self.key = RequestKey(forward.request, forward.attempt)
-        self.peer = peer
-        self.counted = forward.counted
-        self.path = forward.path
-        self.gone = False  # the client, or the api_server
-        self.complete = False  # the last chunk is out, or the runtime gave up
-        self.status = 0
-        self.started_told = False
-        self.first_told = False
-        self.answering = False  # the head is out
-        self.tail = b""
-        self.began = bridge.loop.time()
-        self.task: asyncio.Task[None] | None = None
-        self._bridge = bridge
-        self._body: bytes | None = body
-        self._credit = forward.credit
-        self._refill: asyncio.Future[None] | None = None
-        self._head: Head | None = None
-        self._disconnect = asyncio.Event()
-        self._seq = 0
-
-    async def receive(self) -> AsgiMessage:
-        if (body := self._body) is not None:
-            self._body = None
-            return {"type": "http.request", "body": body, "more_body": False}
-        # Starlette polls this under a cancelled scope: an event is not used up by a wait that is cancelled.
-        await self._disconnect.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: AsgiMessage) -> None:
-        if self.gone:
-            # As HTTP servers do: the app learns of it by receive. One that never waits needs the chance to.
-            await asyncio.sleep(0)
-            return
-        if self.complete:
-            raise RuntimeError("the app sent more after its last chunk")
-        match message["type"]:
-            case "http.response.start":
-                self.status = message["status"]
-                headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-                # Sent with the first chunk. The api_server has no use for it earlier: an attempt that has not
-                # brought a byte of the body may still be given up for another one.
-                key = self.key
-                self._head = Head(
-                    request=key.request, attempt=key.attempt, status=self.status, headers=headers
-                )
-            case "http.response.body":
-                last = not message.get("more_body", False)
-                if body := bytes(message.get("body", b"")):
-                    await self._send_body(body, last)
-                elif last:
-                    await self._send_body(b"", last)
-            case other:
-                raise RuntimeError(f"ASGI message {other!r} is not supported")
-
-    async def _send_body(self, body: bytes, last: bool) -> None:
-        if self.status == 0:
-            raise RuntimeError("the app sent a body before http.response.start")
-        while self._credit <= 0 and not self.gone:
-            self._refill = self._bridge.loop.create_future()
-            try:
-                await self._refill
-            finally:
-                self._refill = None
-        if self.gone:
-            await asyncio.sleep(0)
-            return
-        self._credit -= 1
-        seq, self._seq = self._seq, self._seq + 1
-        key = self.key
-        if self._head is not None:
-            self._bridge.reply(self, self._head)
-            self._head = None
-            self.answering = True
-        self._bridge.reply(self, Chunk(request=key.request, attempt=key.attempt, seq=seq, last=last), body)
-        # The client first, then the router.
-        if body:
-            if seq == 0:
-                self._bridge.first_byte(self)
-            self.tail = (
-                (self.tail + body)[-_USAGE_BYTES:] if len(body) < _USAGE_BYTES else body[-_USAGE_BYTES:]
-            )
-        if last:
-            self._bridge.end(self, "ok" if self.status < 400 else "error")
-
-    def refill(self, chunks: int) -> None:
-        self._credit += chunks
-        if self._credit > 0:
-            self._wake()
-
-    def disconnect(self) -> None:
-        """The client has gone. Also called at the end of an answer, where HTTP servers say so too."""
-        self._disconnect.set()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._refill is not None and not self._refill.done():
-            self._refill.set_result(None)
 
 
 class AsgiBridge:
@@ -190,12 +75,10 @@ class AsgiBridge:
         self._runtime = runtime
         self._address = addresses.runtime_requests(run_dir, runtime)
         self._on_event = on_event
-        self._running: dict[RequestKey, _Exchange] = {}
+        self._running: dict[RequestKey, Exchange] = {}
         self._over: OrderedDict[RequestKey, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_at: dict[bytes, float] = {}
-        self._is_reading = False
-        self._is_scheduled = False
         self._stopped = True
 
     @property
@@ -206,17 +89,9 @@ class AsgiBridge:
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        # High-water marks would drop or block; what is under way is bounded by grants and credit.
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket = FrameSocket(self._context, zmq.ROUTER, self._take)
         self._socket.bind(self._address)
-        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._stopped = False
-        self.loop.add_reader(self._fd, self._read)
-        self._read()
         self._look()
 
     async def stop(self) -> None:
@@ -225,7 +100,6 @@ class AsgiBridge:
             return
         self._stopped = True
         self._timer.cancel()
-        self.loop.remove_reader(self._fd)
         for exchange in self._running.values():
             exchange.gone = True
         for task in self._tasks:
@@ -244,29 +118,6 @@ class AsgiBridge:
         await self.stop()
 
     # ------------------------------------------------------------ from api_servers
-
-    def _read(self) -> None:
-        # zmq's descriptor tells of changes only, so read until nothing is left; but let others have a turn.
-        self._is_scheduled = False
-        if self._stopped or self._is_reading:
-            return
-        self._is_reading = True
-        try:
-            for _ in range(_READ_BATCH):
-                if not self._has_frames():
-                    return
-                self._take(self._socket.recv_multipart(zmq.NOBLOCK))
-            self._schedule()
-        finally:
-            self._is_reading = False
-
-    def _has_frames(self) -> bool:
-        return bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
-
-    def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self.loop.call_soon(self._read)
 
     def _take(self, frames: list[bytes]) -> None:
         peer, *rest = frames
@@ -294,7 +145,7 @@ class AsgiBridge:
                 self._send(peer, Pong(runtime=self._runtime, running=running))
 
     def _forward(self, peer: bytes, forward: Forward, body: bytes) -> None:
-        exchange = _Exchange(self, peer, forward, body)
+        exchange = Exchange(self, peer, forward, body)
         if exchange.key in self._running or exchange.key in self._over:
             self.repeated += 1
             return
@@ -309,7 +160,7 @@ class AsgiBridge:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _cancel(self, exchange: _Exchange) -> None:
+    def _cancel(self, exchange: Exchange) -> None:
         if exchange.gone:
             return
         exchange.gone = True
@@ -330,7 +181,7 @@ class AsgiBridge:
 
     # ------------------------------------------------------------ the app
 
-    async def _serve(self, exchange: _Exchange, forward: Forward) -> None:
+    async def _serve(self, exchange: Exchange, forward: Forward) -> None:
         try:
             with promise(forward.due):
                 await self._app(_scope(forward), exchange.receive, exchange.send)
@@ -345,19 +196,19 @@ class AsgiBridge:
         else:
             self._give_up(exchange, "the app ended without an answer")
 
-    def _give_up(self, exchange: _Exchange, why: str) -> None:
+    def _give_up(self, exchange: Exchange, why: str) -> None:
         if exchange.gone:
             self.end(exchange, "cancelled")
         elif not exchange.complete:
             self._break(exchange, why)
 
-    def _break(self, exchange: _Exchange, why: str) -> None:
+    def _break(self, exchange: Exchange, why: str) -> None:
         request, attempt = exchange.key.request, exchange.key.attempt
         broke = Broke(request=request, attempt=attempt, started=exchange.answering, message=why)
         self._send(exchange.peer, broke)
         self.end(exchange, "error")
 
-    def _tell_started(self, exchange: _Exchange) -> None:
+    def _tell_started(self, exchange: Exchange) -> None:
         if not exchange.started_told:
             exchange.started_told = True
             self._report(exchange, Started)
@@ -375,17 +226,17 @@ class AsgiBridge:
         # Cancelled in between, or several prompts in one request: nobody is left to tell of them.
         self._first_told = max(self._first_told, total)
 
-    def first_byte(self, exchange: _Exchange) -> None:
+    def first_byte(self, exchange: Exchange) -> None:
         if not exchange.first_told and exchange.status < 400:
             self._tell_first(exchange)
 
-    def _tell_first(self, exchange: _Exchange) -> None:
+    def _tell_first(self, exchange: Exchange) -> None:
         exchange.first_told = True
         self._first_told += exchange.counted
         self._tell_started(exchange)
         self._report(exchange, FirstToken, ttft_s=self.loop.time() - exchange.began)
 
-    def end(self, exchange: _Exchange, outcome: str) -> None:
+    def end(self, exchange: Exchange, outcome: str) -> None:
         if self._running.pop(exchange.key, None) is None:
             return
         exchange.complete = True
@@ -406,7 +257,7 @@ class AsgiBridge:
 
     def _report(
         self,
-        exchange: _Exchange,
+        exchange: Exchange,
         kind: type[Started] | type[FirstToken] | type[Finished],
         **fields: Any,
     ) -> None:
@@ -416,7 +267,7 @@ class AsgiBridge:
 
     # ------------------------------------------------------------ to api_servers
 
-    def reply(self, exchange: _Exchange, message: Head | Chunk, body: bytes | None = None) -> None:
+    def reply(self, exchange: Exchange, message: Head | Chunk, body: bytes | None = None) -> None:
         if not self._send(exchange.peer, message, body):
             self._cancel(exchange)
 
@@ -424,17 +275,9 @@ class AsgiBridge:
         if self._stopped:
             return False
         frames: Sequence[bytes] = (peer, messages.encode(message))
-        try:
-            self._socket.send_multipart(frames if body is None else (*frames, body), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            self.undeliverable += 1
-            return False
-        # A send may have used up the descriptor's signal of a frame that came meanwhile.
-        if not self._is_reading and self._has_frames():
-            self._schedule()
-        return True
+        sent = self._socket.send(frames if body is None else (*frames, body))
+        self.undeliverable += not sent
+        return sent
 
 
 def _scope(forward: Forward) -> MutableMapping[str, Any]:

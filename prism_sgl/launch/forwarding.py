@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import zmq
 
 from prism_sgl import addresses
+from prism_sgl.frame_socket import FrameSocket
 from prism_sgl.launch.errors_http import HttpError
 from prism_sgl.launch.exchange import WINDOW_CHUNKS, Exchange
-from prism_sgl.launch.frames import FrameSocket
 from prism_sgl.messages import (
     DECODE_ERRORS,
     Abandon,

@@ -20,7 +20,7 @@ import zmq
 
 from prism_sgl import addresses
 from prism_sgl.config import Config, load
-from prism_sgl.launch.frames import FrameSocket
+from prism_sgl.frame_socket import FrameSocket
 from prism_sgl.messages import (
     DECODE_ERRORS,
     Abandon,

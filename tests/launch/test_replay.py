@@ -146,9 +146,9 @@ def test_costs_are_those_that_were_measured(measured: measurements.Measured) -> 
         measured, weights_bytes=int(14.96 * (1 << 30)), kv_bytes_per_token=131072, context_tokens=4096
     )
     assert large.step_s == pytest.approx(0.00637, rel=0.01)  # overhead.json: TPOT at low load
-    assert large.wake_s == pytest.approx(0.276, rel=0.01)  # wake.json: 0.31883 s less 42.7 ms
+    assert large.wake_s == pytest.approx(0.295, rel=0.01)  # wake.json: 0.33126 s less 35.9 ms
     full = large.decode_s(128, 128 * 384)
-    assert full == pytest.approx(0.0113, rel=0.01)  # overhead.json: TPOT at full load
+    assert full == pytest.approx(0.01144, rel=0.01)  # overhead.json: TPOT at full load
 
 
 def test_missing_measurements_are_named(tmp_path: Path) -> None:
@@ -217,5 +217,5 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
 def test_slo_base_is_what_the_model_does_alone(tmp_path: Path, measured: measurements.Measured) -> None:
     fleet, trace = write(tmp_path)
     runner = Runner(fleet_file.load(fleet, measured), trace_file.load(trace))
-    assert 0.03 < runner.bases["small"].ttft_s < runner.bases["large"].ttft_s < 0.06
+    assert 0.01 < runner.bases["small"].ttft_s < runner.bases["large"].ttft_s < 0.06
     assert runner.run("muxserve", 1.0, 1.5, 2).summary.ttft_attainment > 0.95

@@ -1,4 +1,7 @@
-"""ZeroMQ sockets on an asyncio loop, without zmq.asyncio: that costs two futures and a poller round a frame."""
+"""ZeroMQ sockets on an asyncio loop, without zmq.asyncio: that costs two futures and a poller round a frame.
+
+The one reader of frames of router, api_servers and workers.
+"""
 
 from __future__ import annotations
 
