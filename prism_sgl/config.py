@@ -271,6 +271,10 @@ def _env(table: Table) -> dict[str, str]:
     for key, value in env.items():
         if not isinstance(value, str):
             table.fail(f"env.{key}", f"is {show_value(value)}", f'give text, e.g. {key} = "{value}"')
+        if key == "CUDA_VISIBLE_DEVICES":
+            table.fail(
+                f"env.{key}", "is set by prism_sgl", "use devices of the model and index in [[devices]]"
+            )
     return {key: str(value) for key, value in env.items()}
 
 

@@ -237,6 +237,9 @@ ERRORS = {
         "models.chat.block_tokens is 0; give a whole number from 1 to 1024, e.g. 1"
     ),
     HOST + CHAT + "env = { A = 1 }\n": 'models.chat.env.A is 1; give text, e.g. A = "1"',
+    HOST + CHAT + 'env = { CUDA_VISIBLE_DEVICES = "1" }\n': (
+        "models.chat.env.CUDA_VISIBLE_DEVICES is set by prism_sgl; use devices of the model and index in [[devices]]"
+    ),
     HOST + CHAT + 'devices = ["host1"]\n': (
         'models.chat.devices has "host1", which is no device; did you mean host0?'
     ),

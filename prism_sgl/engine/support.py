@@ -14,6 +14,8 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("tp_size", (1,), "tensor parallelism: the ranks would have to agree on every page"),
     ("pp_size", (1,), "pipeline parallelism"),
     ("dp_size", (1,), "data parallelism inside one engine; configure the model on several devices instead"),
+    ("nnodes", (1,), "one engine over several hosts"),
+    ("ep_join_mode", (None,), "ranks that join a running engine"),
     ("dcp_size", (1, None), "decode context parallelism"),
     ("enable_lora", (False, None), "LoRA adapters: their weights lie outside the arena"),
     ("speculative_algorithm", (None,), "speculative decoding: the draft model's pool is not elastic"),

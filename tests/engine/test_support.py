@@ -14,6 +14,8 @@ from prism_sgl.errors import UnsupportedModelError
     ("option", "value"),
     [
         ("tp_size", 2),
+        ("nnodes", 2),
+        ("ep_join_mode", "scale"),
         ("enable_lora", True),
         ("speculative_algorithm", "EAGLE"),
         ("enable_hierarchical_cache", True),
