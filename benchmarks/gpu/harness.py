@@ -457,7 +457,7 @@ class ImageStoreThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="images", daemon=True)
         self._thread.start()
-        self._store = ImageStore(run_dir, cap_bytes, lambda text: say(text))
+        self._store = ImageStore(run_dir, cap_bytes, lambda text: say(text), in_use=lambda model: True)
         self._on_loop(self._store.start)
 
     def close(self) -> None:

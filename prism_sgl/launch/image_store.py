@@ -53,6 +53,7 @@ class _Image:
     def __init__(self, key: str, name: str, size_bytes: int, writer: _Peer) -> None:
         self.key = key
         self.name = name
+        self.models = {name}  # those of the same weights share it
         self.size_bytes = size_bytes
         self.writer: _Peer | None = writer
         self.waiting: list[_Peer] = []
@@ -64,10 +65,18 @@ class _Image:
 
 
 class ImageStore:
-    """Invariant: the sizes of all images, counted before they are written, never exceed ``cap_bytes``."""
+    """Invariant: the sizes of all images, counted before they are written, never exceed ``cap_bytes``.
 
-    def __init__(self, run_dir: str, cap_bytes: int, log: Callable[[str], None]) -> None:
+    Where they would, images that no runtime uses are dropped, the one that was not asked for longest first; their
+    models load from their files again when they are wanted.
+    """
+
+    def __init__(
+        self, run_dir: str, cap_bytes: int, log: Callable[[str], None], in_use: Callable[[str], bool]
+    ) -> None:
+        """``in_use``: whether the model of this name has a runtime, whose memory dropping its image would not free."""
         self.cap_bytes = cap_bytes or machine.memory_bytes() // 2
+        self._in_use = in_use
         self.num_undecodable = 0
         self._path = Path(addresses.image_store(run_dir))
         self._log = log
@@ -181,17 +190,22 @@ class ImageStore:
         elif image.size_bytes != request.size_bytes:
             self._refuse(peer, f"the image has {image.size_bytes} bytes, not {request.size_bytes}")
         elif image.fd is not None:
+            image.models.add(request.name)
+            self._images[image.key] = self._images.pop(
+                image.key
+            )  # in the order in which they were last asked for
             self._reply(peer, ImageReply(status="ready"), [image.fd])
         elif image.writer is peer or peer in image.waiting:
             self._refuse(peer, "asked for already on this connection")
         else:
+            image.models.add(request.name)
             image.waiting.append(peer)
 
     def _create(self, peer: _Peer, request: OpenImage) -> None:
         if request.size_bytes <= 0:
             self._refuse(peer, f"an image cannot have {request.size_bytes} bytes")
             return
-        free = self.cap_bytes - self.held_bytes()
+        free = self._make_room(request.size_bytes)
         if request.size_bytes > free:
             self._refuse(
                 peer,
@@ -201,6 +215,21 @@ class ImageStore:
             return
         self._images[request.key] = _Image(request.key, request.name, request.size_bytes, peer)
         self._reply(peer, ImageReply(status="new"), [])
+
+    def _make_room(self, size_bytes: int) -> int:
+        """Bytes that are free now, if need be after images that nobody uses have gone."""
+        unused = [
+            i for i in self._images.values() if i.writer is None and not any(map(self._in_use, i.models))
+        ]
+        missing = size_bytes - (self.cap_bytes - self.held_bytes())
+        if missing <= sum(image.size_bytes for image in unused):
+            for image in unused:
+                if missing <= 0:
+                    break
+                missing -= image.size_bytes
+                self._remove(image)
+                self._log(f"images: {image.name} dropped, {show_size(image.size_bytes)}: host_cache is full")
+        return self.cap_bytes - self.held_bytes()
 
     def _seal(self, peer: _Peer, key: str, fds: list[int]) -> None:
         """Keep what the writer brings, if nobody can change it any more."""

@@ -109,7 +109,10 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         self._link = RouterLink(str(self._directory.path), self._on_router, self._fail)
         self._images = ImageStore(
-            str(self._directory.path), self._config.memory.host_cache_bytes, self._progress.line
+            str(self._directory.path),
+            self._config.memory.host_cache_bytes,
+            self._progress.line,
+            in_use=lambda model: any(runtime.spec.model == model for runtime in self._runtimes.values()),
         )
         try:
             self._start()

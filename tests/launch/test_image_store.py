@@ -31,7 +31,8 @@ class RunningStore:
         self.run_dir = run_dir
         self.lines: list[str] = []
         self.loop = asyncio.new_event_loop()
-        self.store = ImageStore(run_dir, CAP, self.lines.append)
+        self.used = {"chat"}
+        self.store = ImageStore(run_dir, CAP, self.lines.append, lambda model: model in self.used)
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.call(self.store.start)
@@ -230,6 +231,23 @@ def test_cap_counts_sealed_and_unsealed_images(store: RunningStore) -> None:
         )
     with store.connect() as client:  # the unsealed one was dropped with its connection
         assert ask(client, "c", 4 * MIB)[0].status == "new"
+
+
+def test_images_that_no_runtime_uses_make_room_oldest_first(store: RunningStore) -> None:
+    for key in "abc":
+        write_image(store, key, 2 * MIB)
+    with store.connect() as client:
+        fd = ask(client, "a", 2 * MIB)[1]  # asked for again: b is the oldest now
+        assert ask(client, "d", 4 * MIB)[0].status == "refused", "all are in use"
+        store.used.clear()
+        assert ask(client, "d", 9 * MIB)[0].status == "refused", "nothing is dropped in vain"
+        assert ask(client, "d", 4 * MIB)[0].status == "new"
+        assert os.pread(fd, 7, 0) == b"weights", "who has it mapped keeps it"
+        os.close(fd)
+        assert list(store.store._images) == ["c", "a", "d"]
+    assert [line for line in store.lines if "dropped," in line] == [
+        "images: chat dropped, 2MiB: host_cache is full"
+    ]
 
 
 def test_only_the_writer_can_seal(store: RunningStore) -> None:
