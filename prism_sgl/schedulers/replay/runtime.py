@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from prism_sgl.messages import (
     AskHello,
@@ -55,16 +56,41 @@ def facts_of(spec: ModelSpec, budget_bytes: int) -> RuntimeFacts:
     )
 
 
+class Computes(Protocol):
+    """What a runtime needs of its engine, or of its part of one over several devices."""
+
+    @property
+    def owner(self) -> object: ...
+    @property
+    def open_bytes(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+    @property
+    def wanted_bytes(self) -> int: ...
+    def open(self) -> None: ...
+    def close(self, keep_bytes: int) -> None: ...
+    def abort(self) -> None: ...
+    def submit(self, job: Job) -> None: ...
+    def cancel(self, job: Job) -> None: ...
+    def check(self) -> None: ...
+
+
 class ReplayRuntime:
     """One engine behind the Controller's messages: takes its commands one after the other."""
 
     def __init__(
-        self, runtime: RuntimeId, spec: ModelSpec, device: Device, world: World, facts: RuntimeFacts
+        self,
+        runtime: RuntimeId,
+        spec: ModelSpec,
+        device: Device,
+        world: World,
+        facts: RuntimeFacts,
+        engine: Computes | None = None,
     ) -> None:
         self.id, self.model, self.device = runtime, spec.name, device.name
         self._costs: ModelCosts = spec.costs
         self._world, self._device, self._facts = world, device, facts
-        self._engine = Engine(runtime, spec.costs, (device,), world)
+        self._engine: Computes = engine or Engine(runtime, spec.costs, (device,), world)
         self._state = RuntimeState.STARTING
         self.connected = False
         self._alive = True
@@ -76,7 +102,7 @@ class ReplayRuntime:
 
     @property
     def held_bytes(self) -> int:
-        return self._device.held_by(self._engine)
+        return self._device.held_by(self._engine.owner)
 
     @property
     def num_jobs(self) -> int:
@@ -88,7 +114,7 @@ class ReplayRuntime:
         self._after(self._costs.start_s, self._load)
 
     def _load(self) -> None:
-        if not self._device.try_hold(self._engine, self._engine.open_bytes):
+        if not self._device.try_hold(self._engine.owner, self._engine.open_bytes):
             self._world.kill(self.id, "no memory")
             return
         self._engine.open()
@@ -98,7 +124,7 @@ class ReplayRuntime:
 
     def die(self) -> None:
         self._alive = self.connected = False
-        self._device.drop_claim(self._engine)
+        self._device.drop_claim(self._engine.owner)
         self._jobs.clear()
         self._engine.abort()
 
@@ -173,11 +199,11 @@ class ReplayRuntime:
         self._num_wakes += 1
         number = self._num_wakes
         missing = self._engine.open_bytes - self.held_bytes
-        self._device.claim(self._engine, missing, lambda: self._after(0.0, self._copy))
+        self._device.claim(self._engine.owner, missing, lambda: self._after(0.0, self._copy))
         self._after(_SHORTAGE_S, lambda: self._give_up(number))
 
     def _give_up(self, number: int) -> None:
-        if self._num_wakes == number and self._device.drop_claim(self._engine):
+        if self._num_wakes == number and self._device.drop_claim(self._engine.owner):
             self._state, self._obeying = RuntimeState.ASLEEP, False
             self._say(WakeFailed(runtime=self.id, reason="memory did not come", shortage=True))
             self._obey()
@@ -248,11 +274,14 @@ class ReplayRuntime:
 
 
 def make_runtime(
-    specs: Mapping[str, ModelSpec], devices: Mapping[str, Device], facts: Mapping[str, RuntimeFacts]
+    specs: Mapping[str, ModelSpec],
+    devices: Mapping[str, Device],
+    facts: Mapping[str, RuntimeFacts],
+    part: Callable[[str], Computes | None],
 ) -> Callable[[RuntimeId, str, str, World], ReplayRuntime]:
     """For ``World(make_runtime=...)``."""
 
     def make(runtime: RuntimeId, model: str, device: str, world: World) -> ReplayRuntime:
-        return ReplayRuntime(runtime, specs[model], devices[device], world, facts[model])
+        return ReplayRuntime(runtime, specs[model], devices[device], world, facts[model], part(model))
 
     return make
