@@ -32,7 +32,7 @@ def test_idle_wide_model_gives_its_memory_and_comes_back() -> None:
     assert not any(outcome.failure for outcome in replayed.outcomes)
     assert replayed.wakes >= 4  # two parts among them
     last = replayed.outcomes[-1]
-    assert 0.3 < ttft_s(last) < 1.0, "a wake of both parts side by side, and its own prefill"
+    assert ttft_s(last) < 1.0, "a wake of both parts side by side at most, and its own prefill"
 
 
 def test_wide_models_that_cannot_both_be_awake_take_turns() -> None:

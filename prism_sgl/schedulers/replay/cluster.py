@@ -130,7 +130,7 @@ class Cluster:
         missing = instance.engine.open_bytes - instance.device.held_by(instance.engine)
         waits = len(instance.devices)
 
-        def granted() -> None:
+        def granted(kept_bytes: int) -> None:
             nonlocal waits
             waits -= 1
             if waits == 0:

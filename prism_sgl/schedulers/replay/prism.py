@@ -100,14 +100,13 @@ class _Replay:
         how engines start is not what is replayed, and baselines begin with theirs started too.
         """
         for device in self.devices.values():
-            device.budget_bytes *= 2
+            device.resize(2 * device.budget_bytes)
         while self.world.now < _LONGEST_START_S:
             self.world.run(self.world.now + 5.0)
             if all(m.state in _STARTED for m in self.world.controller.status(self.world.now).models):
                 break
         for device in self.devices.values():
-            device.budget_bytes //= 2
-            device.check()
+            device.resize(device.budget_bytes // 2)
 
     def request(self, number: int, arrival: Arrival) -> None:
         api = self.world.apis["api0"]
