@@ -187,8 +187,11 @@ class Cluster:
             self.open_tickets -= 1
             self._progressed(instance)
 
+        def submit() -> None:
+            instance.engine.submit(job)
+
         job = Job(ticket.number, outcome.prompt_tokens, outcome.output_tokens, first, end)
-        self.clock.after(instance.spec.costs.latency_s, lambda: instance.engine.submit(job))
+        self.clock.after(instance.spec.costs.latency_s, submit)
 
     def fail(self, ticket: Ticket, why: str) -> None:
         ticket.outcome.failure = why

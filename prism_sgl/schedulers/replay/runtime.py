@@ -70,7 +70,10 @@ class Computes(Protocol):
     def open(self) -> None: ...
     def close(self, keep_bytes: int) -> None: ...
     def abort(self) -> None: ...
-    def submit(self, job: Job) -> None: ...
+    def submit(self, job: Job) -> bool:
+        """False: it waits for the same request of other parts."""
+        ...
+
     def cancel(self, job: Job) -> None: ...
     def check(self) -> None: ...
 
@@ -255,7 +258,14 @@ class ReplayRuntime:
 
         job = self._jobs[key] = Job(key, prompt_tokens, new_tokens, first, end)
         # Tokenizer and HTTP: side by side, before the engine sees the request.
-        self._after(self._costs.latency_s, lambda: self._engine.submit(job) if key in self._jobs else None)
+        self._after(self._costs.latency_s, lambda: self._submit(key, job))
+
+    def _submit(self, key: RequestKey, job: Job) -> None:
+        if key in self._jobs and not self._engine.submit(job):
+            # Parts may be granted requests in different orders; so none of them may fill a window while it waits for
+            # the others. No time is told, for there is nothing to be learned from it.
+            waits = FirstToken(runtime=self.id, request=key.request, attempt=key.attempt, ttft_s=-1.0)
+            self._say(waits)
 
     def cancel(self, key: RequestKey) -> None:
         self._seen.add(key)

@@ -72,12 +72,12 @@ class Gang:
         device = self.devices[number]
         device.release(self.engine, device.held_by(self.engine) - keep_bytes)
 
-    def submit(self, number: int, job: Job) -> None:
+    def submit(self, number: int, job: Job) -> bool:
         request = _whole(job)
         granted = self._gathered.setdefault(request, {})
         granted[number] = job
         if len(granted) < len(self.devices):
-            return
+            return False
         parts = list(granted.values())
 
         def first() -> None:
@@ -90,7 +90,7 @@ class Gang:
                 part.on_end()
 
         whole = self._jobs[request] = Job(request, job.prompt_tokens, job.output_tokens, first, end)
-        self.engine.submit(whole)
+        return self.engine.submit(whole)
 
     def cancel(self, number: int, job: Job) -> None:
         """The whole request ends with its first part that goes."""
@@ -144,8 +144,8 @@ class Part:
     def abort(self) -> None:
         self._gang.abort(self._number)
 
-    def submit(self, job: Job) -> None:
-        self._gang.submit(self._number, job)
+    def submit(self, job: Job) -> bool:
+        return self._gang.submit(self._number, job)
 
     def cancel(self, job: Job) -> None:
         self._gang.cancel(self._number, job)
