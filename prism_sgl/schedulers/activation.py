@@ -71,6 +71,7 @@ class Activation:
         self._retries: dict[str, float] = {}  # models that could not load, and when they are tried again
         self._turns: dict[str, str] = {}  # model that drains -> model that it drains for
         self._look_at = math.inf
+        self._short: dict[str, Shortage] = {}  # devices that lack KV
         self._kv_look_at = math.inf
         self._dirty = False
         self._moves_seen = 0
@@ -216,11 +217,19 @@ class Activation:
         if lasts and runtime.device is not None:
             self._make_kv_room(runtime.device, Shortage(1, waits=True), now)
 
-    def make_kv_room(self, shortages: Mapping[str, Shortage], now: float) -> None:
+    def make_kv_room(self, changed: Mapping[str, Shortage], now: float) -> None:
         """Idle models sleep where requests in flight will want more KV than there is, or others wait for it."""
-        self._kv_look_at = math.inf
-        for device, shortage in shortages.items():
-            self._make_kv_room(device, shortage, now)
+        for name, shortage in changed.items():
+            if shortage.missing_bytes > 0:
+                self._short[name] = shortage
+            else:
+                self._short.pop(name, None)
+        if now >= self._kv_look_at:
+            due, self._kv_look_at = list(self._short), math.inf
+        else:
+            due = [name for name in changed if name in self._short]
+        for name in due:
+            self._make_kv_room(name, self._short[name], now)
 
     def _make_kv_room(self, name: str, shortage: Shortage, now: float) -> None:
         pictures, device = Pictures(self._fleet, self._table, now), self._fleet.devices[name]

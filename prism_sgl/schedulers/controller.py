@@ -213,6 +213,6 @@ class Controller:
             if self._fleet.changed:
                 continue
             self._granter.run(now)
-            self._activation.make_kv_room(self._granter.shortages, now)
+            self._activation.make_kv_room(self._granter.take_shortages(), now)
             if not self._fleet.changed:
                 break

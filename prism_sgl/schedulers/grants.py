@@ -5,13 +5,12 @@ turns. Of a device: ``WINDOW_US`` of prefill that has not brought its first toke
 those are more; a runtime that has none of them is open all the same, for engines work side by side. Of a runtime: all
 that it runs, and ``WINDOW_EXTRA`` more. And nothing is granted that would not fit: what requests in flight hold on
 average against the KV that the model may have. A runtime that has nothing in flight always gets a request. What is
-short of KV, or soon will be, is told in ``shortages``, for an engine that is given no request does not ask for memory.
+short of KV, or soon will be, is told by ``take_shortages``, for an engine that is given no request asks for no memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prism_sgl.config import SchedulerConfig
@@ -49,7 +48,7 @@ class _Order:
 
 # Requests are granted by what they hold on average (prompt and half of the answer: they stand at different points of
 # theirs), room is made for the height: all at their ends, 1.5 times as much for the chats of Arena-Chat (136 tokens in,
-# 256 out). Granted by the height, an eighth of a card stood empty while requests waited for it.
+# 256 out). Granted by the height, a tenth of a card stood empty while requests waited for it.
 _HEIGHT = 1.5
 
 
@@ -84,10 +83,10 @@ class Granter:
         if device is not None:
             self._open[device] = None
 
-    @property
-    def shortages(self) -> Mapping[str, Shortage]:
-        """By device. As of the last time that a request could be granted there or ended."""
-        return self._shortages
+    def take_shortages(self) -> dict[str, Shortage]:
+        """Of each device on which something has changed since the last call; all zero where nothing is missing."""
+        shortages, self._shortages = self._shortages, {}
+        return shortages
 
     def run(self, now: float) -> None:
         while self._open:
@@ -99,11 +98,9 @@ class Granter:
     def _grant_all(self, device: Device, now: float) -> None:
         while (request := self._next(device, now)) is not None:
             self._grant(self._fleet.models[request.model], request, now)
-        waits, missing_bytes = self._orders[device.name].held_back, self._missing_bytes(device)
-        if waits or missing_bytes > 0:
-            self._shortages[device.name] = Shortage(max(missing_bytes, 1), waits)
-        else:
-            self._shortages.pop(device.name, None)
+        waits = self._orders[device.name].held_back
+        missing_bytes = max(self._missing_bytes(device), 1 if waits else 0)
+        self._shortages[device.name] = Shortage(missing_bytes, waits)
 
     def _missing_bytes(self, device: Device) -> int:
         """Of what those in flight may take at their height, the part that neither floors nor free memory give."""
