@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,11 +31,15 @@ ARRIVALS = st.lists(
     copies=st.integers(1, 8),
     devices=st.integers(1, 2),
     device_mib=st.integers(3300, 11000),
+    wide=st.booleans(),
 )
 def test_trace_never_crashes_a_policy(
-    policy: str, arrivals: list[Arrival], copies: int, devices: int, device_mib: int
+    policy: str, arrivals: list[Arrival], copies: int, devices: int, device_mib: int, wide: bool
 ) -> None:
-    over = fleet(*(spec(name) for name in NAMES), devices=devices, device_mib=device_mib)
+    models = [spec(name) for name in NAMES]
+    if wide:  # one model over both devices; over one it has room nowhere
+        models[0] = replace(models[0], tp=2)
+    over = fleet(*models, devices=devices, device_mib=device_mib)
     listed = [arrival for arrival in arrivals for _ in range(copies)]
     logs = set()
     for _ in range(2):

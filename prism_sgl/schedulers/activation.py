@@ -8,18 +8,20 @@ next one is looked at; so a small model cannot for ever take the bytes that a bi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prism_sgl.config import Config
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.admin import AdminDesk
+from prism_sgl.schedulers.grants import Shortage
 from prism_sgl.schedulers.lifecycle import Lifecycle
-from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, longest_idle
+from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, kv_victims
 from prism_sgl.schedulers.pictures import Pictures, demand, is_busy
 from prism_sgl.schedulers.placement import Choice
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, COLD, DRAINING, FAILED, STOPPING, Device, Fleet, Model
+from prism_sgl.schedulers.state import ASLEEP, AWAKE, COLD, DRAINING, FAILED, Device, Fleet, Model
 from prism_sgl.units import show_size
 
 # A runtime that takes more KV than it gets for this long has a lasting need, not a burst.
@@ -69,13 +71,15 @@ class Activation:
         self._retries: dict[str, float] = {}  # models that could not load, and when they are tried again
         self._turns: dict[str, str] = {}  # model that drains -> model that it drains for
         self._look_at = math.inf
+        self._short: dict[str, Shortage] = {}  # devices that lack KV
+        self._kv_look_at = math.inf
         self._dirty = False
         self._moves_seen = 0
 
     @property
     def next_at(self) -> float:
         """When time alone may change something."""
-        return min(self._look_at, min(self._retries.values(), default=math.inf))
+        return min(self._look_at, self._kv_look_at, min(self._retries.values(), default=math.inf))
 
     # ------------------------------------------------------------ wants
 
@@ -207,24 +211,35 @@ class Activation:
     # ------------------------------------------------------------ memory of others
 
     def kv_wanted(self, model: Model, now: float) -> None:
-        """A busy model takes more KV than it gets: the longest idle neighbour sleeps, one at a time."""
+        """An engine says that it takes more KV than it gets: one neighbour after the other gives."""
         runtime = model.runtime
-        if (
-            runtime.wanted_since is None
-            or runtime.device is None
-            or now - runtime.wanted_since <= _KV_WANTED_S
-        ):
-            return
-        device = self._fleet.devices[runtime.device]
-        if any(m.runtime.state in (DRAINING, STOPPING) for m in device.residents.values()):
-            return
-        others = [
-            r for r in Pictures(self._fleet, self._table, now).residents(device) if r.model != model.name
-        ]
-        victim = longest_idle(others, now, self._limits)
-        if victim is not None:
-            idle_s = now - victim.idle_since
-            self._sleep(victim.model, f"idle {idle_s:.0f} s, {model.name} wants KV", now)
+        lasts = runtime.wanted_since is not None and now - runtime.wanted_since > _KV_WANTED_S
+        if lasts and runtime.device is not None:
+            self._make_kv_room(runtime.device, Shortage(1, waits=True), now)
+
+    def make_kv_room(self, changed: Mapping[str, Shortage], now: float) -> None:
+        """Idle models sleep where requests in flight will want more KV than there is, or others wait for it."""
+        for name, shortage in changed.items():
+            if shortage.missing_bytes > 0:
+                self._short[name] = shortage
+            else:
+                self._short.pop(name, None)
+        if now >= self._kv_look_at:
+            due, self._kv_look_at = list(self._short), math.inf
+        else:
+            due = [name for name in changed if name in self._short]
+        for name in due:
+            self._make_kv_room(name, self._short[name], now)
+
+    def _make_kv_room(self, name: str, shortage: Shortage, now: float) -> None:
+        pictures, device = Pictures(self._fleet, self._table, now), self._fleet.devices[name]
+        missing_bytes = shortage.missing_bytes - pictures.tally(device).coming_bytes
+        victims, look_at = kv_victims(
+            missing_bytes, pictures.residents(device), now, self._limits, waits=shortage.waits
+        )
+        self._kv_look_at = min(self._kv_look_at, look_at)
+        for victim in victims:
+            self._sleep(victim.model, f"idle {now - victim.idle_since:.0f} s, {name} wants KV", now)
 
     def _settle_excess(self, device: Device, seen: _Pass) -> None:
         """Facts turned out larger than the files told: idle models give until the account is even."""

@@ -207,7 +207,12 @@ class Controller:
                 self._activation.consider(model, now)
                 if model.runtime.state is AWAKE:
                     self._granter.changed(model)
+                else:  # it may have given memory that a request waits for
+                    self._granter.freed(model.runtime.device)
             self._activation.run(now)
+            if self._fleet.changed:
+                continue
+            self._granter.run(now)
+            self._activation.make_kv_room(self._granter.take_shortages(), now)
             if not self._fleet.changed:
                 break
-        self._granter.run(now)

@@ -296,12 +296,12 @@ class RequestDesk:
 
 
 def _kv_tokens(model: Model, message: Submit) -> int:
-    """What it will hold at its end, as far as one can tell; never more than the engine would let it have.
+    """What it will hold on average while it is answered; never more than the engine would let it have.
 
     What the prefix cache has is held once for all who share it, so it is not counted for each.
     """
     prompt = math.ceil(model.latency.uncached_tokens(message.prompt_tokens))
-    tokens = prompt + model.answers.expect(message.max_new_tokens)
+    tokens = prompt + model.answers.expect(message.max_new_tokens) // 2
     return tokens if model.facts is None else min(tokens, model.facts.max_request_tokens)
 
 

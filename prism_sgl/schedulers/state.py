@@ -72,7 +72,7 @@ class Request:
     device: str | None = None
     since: float = 0.0  # of its phase
     rank: int = 0  # place in the device's order of dispatch
-    kv_tokens: int = 0  # prompt and expected answer: what it will hold at its end
+    kv_tokens: int = 0  # prompt and half of the expected answer: what it holds on average
     # From its grant on. Whole microseconds, so that sums over many do not drift.
     needed_us: int = 0  # its prefill, as estimated then
     tokens_us: int = 0  # of that, what its tokens take: all that it adds to a pass that runs anyway

@@ -71,6 +71,6 @@ def test_what_can_be_in_time_passes_a_flood_that_cannot() -> None:
 
 
 def test_an_idle_engine_gets_its_request_though_another_fills_the_window() -> None:
-    world = fleet(spec("batch", max_running=64), spec("chat"))
+    world = fleet(spec("batch", max_running=64), spec("chat"), device_mib=14000)  # KV for both
     chats = [outcome for outcome in replay(world, FLOOD + CHATS) if outcome.model == "chat"]
     assert max(map(ttft_s, chats)) < 0.1

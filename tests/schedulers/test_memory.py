@@ -176,9 +176,9 @@ def test_runtime_that_cannot_wake_is_started_anew() -> None:
     assert granted(router.hello("third")) == ["r1"]
 
 
-@pytest.mark.parametrize(("idle_s", "sleeps"), [(44.0, []), (60.0, ["code"])])
-def test_idle_model_sleeps_when_a_busy_one_wants_kv(idle_s: float, sleeps: list[str]) -> None:
-    router = ByHand(config(model("chat"), model("code"), sleep_after_s=45.0))
+@pytest.mark.parametrize(("idle_s", "sleeps"), [(4.0, []), (6.0, ["code"])])
+def test_idle_model_sleeps_when_an_engine_wants_kv(idle_s: float, sleeps: list[str]) -> None:
+    router = ByHand(config(model("chat"), model("code"), min_residence_s=5.0))
     router.start_all()
     for name in ("chat", "code"):
         router.submit(f"r-{name}", name)
@@ -187,6 +187,66 @@ def test_idle_model_sleeps_when_a_busy_one_wants_kv(idle_s: float, sleeps: list[
     router.load("chat", wanted_bytes=10 * MIB, in_flight=1)
     router.now += 2
     assert slept_models(router.load("chat", wanted_bytes=10 * MIB, in_flight=1)) == sleeps
+
+
+def short_of_kv(**scheduler: float) -> ByHand:
+    """50 MiB free, floors of 50 MiB, 64 KiB a token: chat may have 1,600 tokens while code is awake."""
+    router = ByHand(config(model("chat"), model("code"), budget_mib=550, **scheduler))
+    for name in ("chat", "code"):
+        router.hello(name, facts(kv_bytes_per_token=65536, ceiling_bytes=500 * MIB))
+        router.submit(f"first-{name}", name)
+        router.finish(f"first-{name}", name)
+    return router
+
+
+def test_idle_model_sleeps_for_a_request_that_waits_for_kv() -> None:
+    router = short_of_kv(min_residence_s=2.0)
+    router.now += 1
+    assert granted(router.submit("r1", prompt_tokens=1000)) == ["r1"]
+    assert granted(router.submit("r2", prompt_tokens=1000)) == []
+    assert slept_models(router.wait(0.9)) == []
+    assert slept_models(router.wait(0.2)) == ["code"]
+    assert granted(router.slept(router.id("code"))) == ["r2"]
+
+
+def test_model_that_gave_its_memory_for_kv_wakes_for_its_next_request() -> None:
+    router = short_of_kv()
+    router.now += 3
+    for number in range(2):
+        router.submit(f"r{number}", prompt_tokens=1000)
+    router.slept(router.id("code"))
+    assert woken_models(router.submit("r9", "code")) == ["code"]  # its floor is its own, whatever others hold
+    assert granted(router.woke("code")) == ["r9"]
+
+
+def test_idle_model_sleeps_before_answers_outgrow_the_memory() -> None:
+    """Both requests fit as they begin, not at their ends: 1.5 times 1,100 tokens."""
+    router = short_of_kv()
+    for number in range(2):
+        assert granted(router.submit(f"r{number}", prompt_tokens=550)) == [f"r{number}"]
+    assert slept_models(router.wait(9.9)) == []
+    assert slept_models(router.wait(0.2)) == ["code"]
+
+
+def test_only_as_many_sleep_as_kv_is_missing() -> None:
+    idle = [model(f"idle{number}") for number in range(3)]
+    router = ByHand(config(model("chat"), *idle, budget_mib=1050))
+    for m in router.controller.status(router.now).models:
+        router.hello(m.name, facts(kv_bytes_per_token=65536, ceiling_bytes=900 * MIB))
+    router.now += 100
+    for number in range(2):
+        router.submit(f"r{number}", prompt_tokens=3000)
+    commands = router.all[-6:]
+    assert slept_models(commands) == ["idle0"]  # 125 MiB missing at the height, 250 given
+
+
+def test_pinned_model_gives_no_kv() -> None:
+    router = ByHand(config(model("chat"), model("code", pin=True), budget_mib=550))
+    for name in ("chat", "code"):
+        router.hello(name, facts(kv_bytes_per_token=65536, ceiling_bytes=500 * MIB))
+    for number in range(2):
+        router.submit(f"r{number}", prompt_tokens=1000)
+    assert slept_models(router.all + router.wait(100)) == []
 
 
 def test_facts_larger_than_the_files_told_send_an_idle_model_to_sleep() -> None:

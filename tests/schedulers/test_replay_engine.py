@@ -131,9 +131,26 @@ def test_claim_is_served_before_anybody_grows() -> None:
     device = Device("gpu0", 100, clock)
     served: list[str] = []
     assert device.try_hold("a", 80)
-    device.claim("b", 50, lambda: served.append("b"))
+    device.claim("b", 50, lambda kept: served.append("b"))
     assert not device.try_hold("a", 10), "20 are free, and claimed"
     device.release("a", 30)
     assert served == ["b"]
     assert device.held_by("b") == 50
+    device.check()
+
+
+def test_what_a_sleeper_keeps_goes_to_those_who_grow_the_first_sleeper_first() -> None:
+    device = Device("gpu0", 100, HeapClock())
+    for owner in "ab":
+        assert device.try_hold(owner, 45)
+        device.release(owner, 40)
+        device.keep(owner, 40)
+    assert device.free_bytes == 90
+    assert device.try_hold("c", 50)
+    assert [device.kept_by(owner) for owner in "ab"] == [0, 40]
+    device.check()
+    back: list[int] = []
+    device.claim("b", 40, back.append)
+    assert back == [40]
+    assert device.held_by("b") == 45
     device.check()

@@ -6,7 +6,8 @@ import pytest
 
 from prism_sgl.schedulers.replay import policies
 from prism_sgl.schedulers.replay.fixed import split_kv
-from prism_sgl.schedulers.replay.outcomes import summarise
+from prism_sgl.schedulers.replay.outcomes import summarise, ttft_s
+from prism_sgl.schedulers.replay.prism import replay_prism
 from prism_sgl.schedulers.replay.spec import Arrival, Fleet, Replayed, Slo
 from prism_sgl.schedulers.replay.splits import candidates
 from tests.schedulers.fleets import COSTS, MIB, fleet, spec, steady
@@ -50,6 +51,31 @@ def test_models_that_cannot_all_be_awake_are_served_by_those_that_may_sleep() ->
     assert summarise(prism, slos(over)).failed == 0
     assert prism.wakes >= 2
     assert summarise(static, slos(over)).failed == 2
+
+
+def test_wake_copies_only_what_neighbours_took() -> None:
+    """A small model takes 2,348 MiB where 3,148 MiB are given: 200 of the 1,000 MiB of weights stay."""
+    over = fleet(
+        spec("a"), spec("b"), spec("small", weights_bytes=200 * MIB, floor_bytes=100 * MIB), device_mib=7400
+    )
+    first = [Arrival(5.0 * i, name, 100, 20) for i, name in enumerate(["a", "small", "b", "small", "a"])]
+    whole = [replace(m, costs=replace(m.costs, wake_s=3.0)) for m in over.models]
+    replayed = replay_prism(replace(over, models=tuple(whole)), first, check=True)
+    waits = [round(ttft_s(o), 2) for o in replayed.outcomes if ttft_s(o) > 0.3]
+    assert waits
+    assert all(wait_s < 1.0 for wait_s in waits), waits
+
+
+@pytest.mark.parametrize(("every_s", "most"), [(0.4, 30), (3.0, 60), (0.05, 12)])
+def test_models_that_exclude_each_other_do_not_thrash(every_s: float, most: int) -> None:
+    """Alternating requests, now and then or without a pause. Two models, each awake for two seconds at least."""
+    over = fleet(spec("a"), spec("b"), device_mib=4300)
+    arrivals = [Arrival(i * every_s, "ab"[i % 2], 100, 20) for i in range(int(120 / every_s))]
+    replayed = play("prism", over, arrivals)
+    per_minute = replayed.wakes / 2
+    print(f"a request every {every_s} s: {per_minute:.1f} wakes a minute")
+    assert 0 < per_minute <= most
+    assert summarise(replayed, slos(over)).failed == 0
 
 
 def test_paper_moves_a_model_off_a_hot_device_and_loses_nothing() -> None:

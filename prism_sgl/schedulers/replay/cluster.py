@@ -130,7 +130,7 @@ class Cluster:
         missing = instance.engine.open_bytes - instance.device.held_by(instance.engine)
         waits = len(instance.devices)
 
-        def granted() -> None:
+        def granted(kept_bytes: int) -> None:
             nonlocal waits
             waits -= 1
             if waits == 0:
@@ -187,8 +187,11 @@ class Cluster:
             self.open_tickets -= 1
             self._progressed(instance)
 
+        def submit() -> None:
+            instance.engine.submit(job)
+
         job = Job(ticket.number, outcome.prompt_tokens, outcome.output_tokens, first, end)
-        self.clock.after(instance.spec.costs.latency_s, lambda: instance.engine.submit(job))
+        self.clock.after(instance.spec.costs.latency_s, submit)
 
     def fail(self, ticket: Ticket, why: str) -> None:
         ticket.outcome.failure = why

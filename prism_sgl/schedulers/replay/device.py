@@ -40,7 +40,8 @@ class Device:
     """Owner of who holds what and who computes.
 
     Invariant: what is held never exceeds the budget. Memory that somebody has claimed (a wake that waits for it)
-    is given to nobody else, as the ledger's reclaim targets have it.
+    is given to nobody else, as the ledger's reclaim targets have it. What sleepers keep is not held: anybody who grows
+    takes it, of the one that slept first first.
 
     Engines that compute at the same time get equal shares of the device: processes on one card are time-sliced,
     and decoding is bound by memory bandwidth, of which there is one.
@@ -52,7 +53,8 @@ class Device:
         self._copy_slowdown = copy_slowdown
         self._held: dict[object, int] = {}
         self.held_bytes = 0
-        self._claims: dict[object, tuple[int, Callable[[], None]]] = {}
+        self._kept: dict[object, int] = {}
+        self._claims: dict[object, tuple[int, Callable[[int], None]]] = {}
         self._claimed_bytes = 0
         self._active: dict[Computing, None] = {}
         self._copies = 0
@@ -77,8 +79,22 @@ class Device:
         self._add(owner, -size_bytes)
         self._serve_claims()
 
-    def claim(self, owner: object, size_bytes: int, granted: Callable[[], None]) -> None:
-        """Hold it as soon as it is there; nobody else grows meanwhile. First come, first served."""
+    def keep(self, owner: object, size_bytes: int) -> None:
+        """Of what this owner has given back, so much stays as it is until somebody wants the room."""
+        self._kept[owner] = min(size_bytes, self.budget_bytes - self.held_bytes - sum(self._kept.values()))
+
+    def kept_by(self, owner: object) -> int:
+        return self._kept.get(owner, 0)
+
+    def lose_kept(self, owner: object) -> int:
+        """It is kept no longer; how much was still there."""
+        return self._kept.pop(owner, 0)
+
+    def claim(self, owner: object, size_bytes: int, granted: Callable[[int], None]) -> None:
+        """Hold it as soon as it is there; nobody else grows meanwhile. First come, first served.
+
+        ``granted`` is told how much of it the owner had kept.
+        """
         self._claims[owner] = (size_bytes, granted)
         self._claimed_bytes += size_bytes
         self._serve_claims()
@@ -99,17 +115,32 @@ class Device:
             if size_bytes > self.budget_bytes - self.held_bytes:
                 return
             self.drop_claim(owner)
+            kept_bytes = self.lose_kept(owner)
             self._add(owner, size_bytes)
-            granted()
+            granted(kept_bytes)
 
     def _add(self, owner: object, size_bytes: int) -> None:
         left = self._held.get(owner, 0) + size_bytes
         assert left >= 0, "more given back than was held"
         self.held_bytes += size_bytes
+        self._take_kept()
         if left:
             self._held[owner] = left
         else:
             self._held.pop(owner, None)
+
+    def _take_kept(self) -> None:
+        while self._kept and (over := self.held_bytes + sum(self._kept.values()) - self.budget_bytes) > 0:
+            sleeper, kept_bytes = next(iter(self._kept.items()))
+            if kept_bytes > over:
+                self._kept[sleeper] = kept_bytes - over
+            else:
+                del self._kept[sleeper]
+
+    def resize(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._take_kept()
+        self.check()
 
     # ------------------------------------------------------------ time
 
@@ -148,5 +179,7 @@ class Device:
 
     def check(self) -> None:
         assert sum(self._held.values()) == self.held_bytes
-        assert 0 <= self.held_bytes <= self.budget_bytes, f"{self.name} holds more than it has"
+        assert self.held_bytes >= 0, f"{self.name} holds less than nothing"
+        kept_bytes = sum(self._kept.values())
+        assert self.held_bytes + kept_bytes <= self.budget_bytes, f"{self.name} holds more than it has"
         assert self._claimed_bytes == sum(size for size, _ in self._claims.values())

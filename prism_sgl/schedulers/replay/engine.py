@@ -68,21 +68,33 @@ class Engine:
         """The caller has reserved ``open_bytes`` in its name on each device."""
         self._pages.held, self.is_open = self._pages.least, True
 
-    def close(self, keep_bytes: int) -> None:
-        """Only when nothing is in flight: it keeps so much of each device."""
+    @property
+    def owner(self) -> object:
+        """In whose name the devices hold its memory."""
+        return self
+
+    def shut(self) -> None:
+        """Only when nothing is in flight. What it holds is the caller's to give back."""
         assert self.idle, f"{self.name} has requests"
         self.is_open, self._pages.held = False, 0
+
+    def close(self, keep_bytes: int) -> None:
+        """As ``shut``; it keeps so much of each device."""
+        self.shut()
         for device in self.devices:
             device.release(self, device.held_by(self) - keep_bytes)
 
-    def abort(self) -> None:
-        """Its process is gone, and all that it held."""
+    def stop(self) -> None:
+        """All requests are gone, and the KV that they held beyond the least."""
         self._stop()
         self.waiting.clear()
         self._prefilling, self._prefilling_tokens, self._batch = [], 0, Batch()
-        self.is_open, self._pages.held = False, 0
-        for device in self.devices:
-            device.release(self, device.held_by(self))
+        self._pages.fit(0)
+
+    def abort(self) -> None:
+        """Its process is gone, and all that it held."""
+        self.stop()
+        self.close(0)
 
     @property
     def idle(self) -> bool:
@@ -106,7 +118,8 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job) -> bool:
+        """True: it is in this engine's hands (a part of a wider one may have to wait for the others)."""
         assert self.is_open, f"{self.name} is not awake"
         first = not self.waiting
         self.waiting.append(job)
@@ -114,6 +127,7 @@ class Engine:
             self._next()
         elif first and self._doing is Doing.DECODE:
             self._cut_burst()
+        return True
 
     def cancel(self, job: Job) -> None:
         """It leaves with the step at hand, which the others lose; from a pass, when that ends."""

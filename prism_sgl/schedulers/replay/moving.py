@@ -2,6 +2,9 @@
 
 A move is target first: the source serves until the target is awake, then the queue switches, and the source drains
 and leaves (Prism section 6.1). Subclasses say where models go, when, and in which order requests run.
+
+A model that is awake nowhere keeps one sleeping context, charged where it slept last, as each of the Controller's
+models does; that it may wake elsewhere at the price of a wake is in favour of these policies (their engine pools).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Moving:
     def __init__(self, window: int) -> None:
         self._window = window
         self.serving: dict[str, Instance] = {}
+        self._asleep: dict[str, Instance] = {}  # of models that serve nowhere
         self._moves: dict[str, Instance] = {}  # model -> target that wakes
         self._leaving: dict[Instance, None] = {}  # sources that end what they have
         self._homeless: dict[str, list[Ticket]] = {}  # of models that are awake nowhere
@@ -57,16 +61,32 @@ class Moving:
             if cluster.open_at_once(instance):
                 self.serving[spec.name] = instance
             else:
-                cluster.remove(instance)
+                self._asleep[spec.name] = instance
 
-    def activate(self, cluster: Cluster, spec: ModelSpec, device: int) -> bool:
+    def activate(self, cluster: Cluster, spec: ModelSpec, devices: Sequence[int]) -> bool:
         """Wake it there; its requests are kept until it is awake."""
-        instance = cluster.add(spec.name, (device,))
+        homes = tuple(cluster.devices[i] for i in devices)
+        instance = self._asleep.get(spec.name)
+        if instance is None or instance.devices != homes:
+            self._forget_context(cluster, spec.name)
+            instance = cluster.add(spec.name, devices)
+        else:
+            del self._asleep[spec.name]
         if instance is None:
             return False
         self.serving[spec.name] = instance
         cluster.wake(instance, lambda: self._awake(cluster, instance))
         return True
+
+    def needed_bytes(self, spec: ModelSpec, device: Device) -> int:
+        """To be awake there, beside a context that it may keep there."""
+        asleep = self._asleep.get(spec.name)
+        kept = asleep is not None and device in asleep.devices
+        return spec.costs.awake_bytes - (spec.costs.asleep_bytes if kept else 0)
+
+    def _forget_context(self, cluster: Cluster, model: str) -> None:
+        if (asleep := self._asleep.pop(model, None)) is not None:
+            cluster.remove(asleep)
 
     def move(self, cluster: Cluster, spec: ModelSpec, device: int) -> bool:
         source = self.serving.get(spec.name)
@@ -180,4 +200,10 @@ class Moving:
     def _leave_if_drained(self, cluster: Cluster, instance: Instance) -> None:
         if instance.is_awake and not instance.in_flight:
             del self._leaving[instance]
-            cluster.sleep(instance, lambda: cluster.remove(instance))
+            cluster.sleep(instance, lambda: self._slept(cluster, instance))
+
+    def _slept(self, cluster: Cluster, instance: Instance) -> None:
+        if instance.spec.name in self.serving:
+            cluster.remove(instance)
+        else:
+            self._asleep[instance.spec.name] = instance

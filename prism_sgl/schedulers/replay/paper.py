@@ -79,9 +79,8 @@ class Paper(Moving):
         total = sum(self._w(i.spec, cluster.now) / len(i.devices) for i in here)
         return _ratio(total, device.budget_bytes - sum(i.spec.costs.weights_bytes for i in here))
 
-    @staticmethod
-    def _has_room(spec: ModelSpec, device: Device) -> bool:
-        return spec.costs.awake_bytes <= device.free_bytes
+    def _has_room(self, spec: ModelSpec, device: Device) -> bool:
+        return self.needed_bytes(spec, device) <= device.free_bytes
 
     # ------------------------------------------------------------ eviction and activation (section 6.1)
 
@@ -92,34 +91,37 @@ class Paper(Moving):
                 self._homeless.values()
             )
             idle = self.is_idle(instance) and cluster.now - instance.idle_since > _IDLE_S
-            if idle and constrained and not self.is_moving(instance.spec.name) and instance.spec.tp == 1:
+            if idle and constrained and not self.is_moving(instance.spec.name):
                 self.evict(cluster, instance)
         for model, tickets in list(self._homeless.items()):
             if tickets and model not in self.serving:
                 self.wanted(cluster, cluster.specs[model])
 
     def wanted(self, cluster: Cluster, spec: ModelSpec) -> None:
-        """At once, on the device of the lowest pressure that has or can make room."""
+        """At once, on the devices of the lowest pressure that have or can make room."""
         ranked = sorted(cluster.devices, key=lambda d: (self.kvpr(cluster, d), d.name))
+        victims: dict[Instance, None] = {}
+        chosen: list[int] = []
         for device in ranked:
-            if self._has_room(spec, device) or self._make_room(cluster, spec, device):
-                self.activate(cluster, spec, cluster.devices.index(device))
-                return
+            gives = self._victims(cluster, spec, device)
+            if gives is not None and len(chosen) < spec.tp:
+                chosen.append(cluster.devices.index(device))
+                victims.update(dict.fromkeys(gives))
+        if len(chosen) == spec.tp:
+            for victim in victims:
+                self.evict(cluster, victim)
+            self.activate(cluster, spec, sorted(chosen))
 
-    def _make_room(self, cluster: Cluster, spec: ModelSpec, device: Device) -> bool:
-        """Models idle for the threshold go; the wake waits for what they give."""
-        missing = spec.costs.awake_bytes - device.free_bytes
+    def _victims(self, cluster: Cluster, spec: ModelSpec, device: Device) -> list[Instance] | None:
+        """Models idle for the threshold that make room there; the wake waits for what they give. None: too few."""
+        missing = self.needed_bytes(spec, device) - device.free_bytes
+        idle = [i for i in self.serving.values() if device in i.devices and self.is_idle(i)]
         victims: list[Instance] = []
-        idle = [i for i in self.serving.values() if i.device is device and self.is_idle(i) and i.spec.tp == 1]
         for instance in sorted(idle, key=lambda i: (i.idle_since, i.spec.name)):
             if missing > 0 and cluster.now - instance.idle_since > _IDLE_S:
                 victims.append(instance)
-                missing -= instance.spec.costs.awake_bytes
-        if missing > 0:
-            return False
-        for victim in victims:
-            self.evict(cluster, victim)
-        return True
+                missing -= instance.spec.costs.awake_bytes - instance.spec.costs.asleep_bytes
+        return victims if missing <= 0 else None
 
     # ------------------------------------------------------------ Algorithm 2
 

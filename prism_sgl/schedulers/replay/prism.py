@@ -11,7 +11,7 @@ from prism_sgl.messages import RuntimeState, Wake
 from prism_sgl.schedulers.controller import Command, ToRuntime
 from prism_sgl.schedulers.replay.device import Device
 from prism_sgl.schedulers.replay.runtime import ReplayRuntime, facts_of, make_runtime
-from prism_sgl.schedulers.replay.spanning import Spanning, place
+from prism_sgl.schedulers.replay.spanning import Gangs, part_name, part_specs, place
 from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Outcome, Replayed, span_s
 from prism_sgl.schedulers.simulator import Costs, World
 from prism_sgl.schedulers.virtual import Client
@@ -19,33 +19,35 @@ from prism_sgl.schedulers.virtual import Client
 # No request of a replay is refused because many wait: what is late is counted as late.
 _MOST_QUEUED = 10**9
 _LONGEST_START_S = 3600.0
+_STARTED = (RuntimeState.AWAKE, RuntimeState.ASLEEP)
 
 
 def controller_config(
     fleet: Fleet, scheduler: SchedulerConfig | None = None, parts: Mapping[str, tuple[int, ...]] | None = None
 ) -> Config:
     """The models.toml that this fleet would have. All engines start at once: a replay begins when they are up."""
-    limits = scheduler or SchedulerConfig(start_parallel=len(fleet.models))
-    specs, taken = fleet.by_name(), [0] * fleet.num_devices
-    for model, devices in (parts or {}).items():
-        for i in devices:
-            taken[i] += specs[model].costs.awake_bytes
+    specs = part_specs(fleet.models, parts or {})
+    limits = scheduler or SchedulerConfig(start_parallel=len(specs))
+    homes = {
+        part_name(m, i): (f"gpu{device}",) for m, d in (parts or {}).items() for i, device in enumerate(d)
+    }
     return Config(
         server=ServerConfig(max_queue=_MOST_QUEUED),
         memory=MemoryConfig(kv_page_bytes=64 << 20, weights_page_bytes=64 << 20),
         scheduler=limits,
         devices=tuple(
-            DeviceConfig(name=f"gpu{i}", kind="cuda", index=i, memory_bytes=fleet.device_bytes - taken[i])
+            DeviceConfig(name=f"gpu{i}", kind="cuda", index=i, memory_bytes=fleet.device_bytes)
             for i in range(fleet.num_devices)
         ),
-        models={spec.name: _model_config(spec) for spec in fleet.models if spec.tp == 1},
+        models={spec.name: _model_config(spec, homes.get(spec.name, ())) for spec in specs},
         file=fleet.name,
     )
 
 
-def _model_config(spec: ModelSpec) -> ModelConfig:
+def _model_config(spec: ModelSpec, devices: tuple[str, ...]) -> ModelConfig:
     return ModelConfig(
         name=spec.name,
+        devices=devices,
         path="",
         slo=config.Slo(ttft_s=spec.slo.ttft_s, tpot_s=spec.slo.tpot_s),
         weights_bytes=spec.costs.weights_bytes,
@@ -59,8 +61,9 @@ class _Replay:
     """Owner of one world, its devices and its clients."""
 
     def __init__(self, fleet: Fleet, scheduler: SchedulerConfig | None, *, check: bool) -> None:
-        self.specs = specs = fleet.by_name()
+        self.fleet = fleet
         parts = place([m for m in fleet.models if m.tp > 1], fleet.num_devices, fleet.device_bytes)
+        specs = {spec.name: spec for spec in part_specs(fleet.models, parts)}
         facts = {name: facts_of(spec, fleet.device_bytes) for name, spec in specs.items()}
         self.devices: dict[str, Device] = {}
         self.wakes = 0
@@ -70,15 +73,13 @@ class _Replay:
             Costs(),
             on_step=self._check if check else lambda world: None,
             on_command=self._count,
-            make_runtime=make_runtime(specs, self.devices, facts),
+            make_runtime=make_runtime(specs, self.devices, facts, lambda model: self.gangs.part(model)),
         )
         for i in range(fleet.num_devices):
             device = Device(f"gpu{i}", fleet.device_bytes, self.world, fleet.copy_slowdown)
             self.devices[device.name] = device
-        self.spanning = Spanning(self.world)
-        for model, numbers in parts.items():
-            self.spanning.add(specs[model], [self.devices[f"gpu{i}"] for i in numbers])
-        self.requests: list[Client | Outcome] = []
+        self.gangs = Gangs(fleet.models, parts, list(self.devices.values()), self.world)
+        self.requests: list[Client | None] = []  # None: no devices have room for its model
 
     def _check(self, world: World) -> None:
         world.controller.check()
@@ -87,45 +88,53 @@ class _Replay:
         for runtime in world.runtimes.values():
             if isinstance(runtime, ReplayRuntime):
                 runtime.check()
-        self.spanning.check()
 
     def _count(self, world: World, command: Command) -> None:
         if isinstance(command, ToRuntime) and isinstance(command.message, Wake):
             self.wakes += 1
 
     def start_all(self) -> None:
-        """Until no engine starts any more and none is about to."""
-        busy = (RuntimeState.STARTING, RuntimeState.COLD, RuntimeState.STOPPING, RuntimeState.DRAINING)
+        """Until all engines are awake or asleep.
+
+        Before its first Hello the Controller takes an engine for smaller than it is, so devices are larger meanwhile:
+        how engines start is not what is replayed, and baselines begin with theirs started too.
+        """
+        for device in self.devices.values():
+            device.resize(2 * device.budget_bytes)
         while self.world.now < _LONGEST_START_S:
             self.world.run(self.world.now + 5.0)
-            if all(m.state not in busy for m in self.world.controller.status(self.world.now).models):
-                return
+            if all(m.state in _STARTED for m in self.world.controller.status(self.world.now).models):
+                break
+        for device in self.devices.values():
+            device.resize(device.budget_bytes // 2)
 
     def request(self, number: int, arrival: Arrival) -> None:
-        spec, api = self.specs[arrival.model], self.world.apis["api0"]
-        if spec.tp > 1:
-            self.requests.append(self.spanning.request(arrival, spec))
+        api = self.world.apis["api0"]
+        if self.gangs.has(arrival.model):
+            self.requests.append(self.gangs.request(api, f"r{number}", arrival))
+        elif self.fleet.by_name()[arrival.model].tp > 1:
+            self.requests.append(None)
         else:
             self.requests.append(
                 api.request(f"r{number}", arrival.model, arrival.prompt_tokens, arrival.output_tokens)
             )
 
     def is_over(self) -> bool:
-        over = all(client.over for client in self.requests if isinstance(client, Client))
-        return over and not self.spanning.num_open
+        return all(client is None or client.over for client in self.requests)
 
 
-def _outcome(request: Client | Outcome, arrival: Arrival, began_s: float) -> Outcome:
+def _outcome(client: Client | None, arrival: Arrival, began_s: float) -> Outcome:
     """In the trace's time."""
     outcome = Outcome(arrival.model, arrival.at_s, arrival.prompt_tokens, arrival.output_tokens)
-    if request.first_at is not None:
-        outcome.first_at = request.first_at - began_s
-    if request.ended_at is not None and (isinstance(request, Outcome) or request.ends == ["ok"]):
-        outcome.ended_at = request.ended_at - began_s
-    elif isinstance(request, Outcome):
-        outcome.failure = request.failure or "not answered in time"
+    if client is None:
+        outcome.failure = "no devices have room for its model"
+        return outcome
+    if client.first_at is not None:
+        outcome.first_at = client.first_at - began_s
+    if client.ended_at is not None and client.ends == ["ok"]:
+        outcome.ended_at = client.ended_at - began_s
     else:
-        outcome.failure = request.ends[0] if request.ends else "not answered in time"
+        outcome.failure = client.ends[0] if client.ends else "not answered in time"
     return outcome
 
 
@@ -159,8 +168,8 @@ def replay_prism(
             placement[model.device].append(model.name)
     return Replayed(
         outcomes=[
-            _outcome(request, arrival, began_s)
-            for request, arrival in zip(replay.requests, arrivals, strict=True)
+            _outcome(client, arrival, began_s)
+            for client, arrival in zip(replay.requests, arrivals, strict=True)
         ],
         migrations=0,  # the Controller moves a model only where it can be awake nowhere else
         wakes=replay.wakes,

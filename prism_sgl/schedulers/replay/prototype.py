@@ -122,10 +122,10 @@ class Prototype(Moving):
 
     def _activate(self, cluster: Cluster, spec: ModelSpec) -> None:
         """On one of the devices with most free memory (within 5 GB), the one with fewest requests."""
-        room = [d for d in cluster.devices if d.free_bytes >= spec.costs.awake_bytes]
+        room = [d for d in cluster.devices if d.free_bytes >= self.needed_bytes(spec, d)]
         if not room:
             return
         most = max(d.free_bytes for d in room)
         best = [d for d in room if d.free_bytes >= most - _CLUSTER_BYTES]
         device = min(best, key=lambda d: (sum(i.in_flight for i in self._here(d)), d.name))
-        self.activate(cluster, spec, cluster.devices.index(device))
+        self.activate(cluster, spec, (cluster.devices.index(device),))
