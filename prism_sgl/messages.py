@@ -117,8 +117,9 @@ class AskAdmin(Message, frozen=True):
     """An operator's wish. Answered by one AdminReply once it is carried out or refused."""
 
     ask: str  # echoed in the reply
-    verb: str  # "sleep" | "wake" | "load" | "unload" | "pin" | "unpin" | "drain"
+    verb: str  # "sleep" | "wake" | "load" | "unload" | "pin" | "unpin" | "drain" | "move" | "explain"
     model: str
+    device: str = ""  # where to move
 
 
 class ApiHello(Message, frozen=True):

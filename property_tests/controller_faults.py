@@ -16,7 +16,17 @@ from prism_sgl.config import (
     ServerConfig,
     Slo,
 )
-from prism_sgl.messages import Grant, Lost, Refuse, RequestId, RuntimeFacts, RuntimeId, StartRuntime, Wake
+from prism_sgl.messages import (
+    AskAdmin,
+    Grant,
+    Lost,
+    Refuse,
+    RequestId,
+    RuntimeFacts,
+    RuntimeId,
+    StartRuntime,
+    Wake,
+)
 from prism_sgl.schedulers.controller import Command, ToApi
 from prism_sgl.schedulers.simulator import Costs, World
 
@@ -43,6 +53,8 @@ class Plan:
     wakes_fail: bool
     overhead_known: bool  # False: engines hold more than their files told
     pinned: bool
+    num_moves: int  # asked for by an operator, at random times, of whatever model to whatever device
+    kills_of_movers: int  # deaths of a source or a target while its model has two runtimes
     fault_s: float = 60.0
 
 
@@ -59,10 +71,12 @@ class Watch:
         controller = world.controller
         controller.check()
         if self.plan.overhead_known and controller._lifecycle.supervisor_known:
+            for model in controller._fleet.models.values():
+                assert len(model.serving) <= 1, "two runtimes serve a model that needs one"
             for device in controller._fleet.devices.values():
                 assert world.held_bytes(device.name) <= device.charged_bytes, "held without a promise"
                 # One that an earlier router started may sleep; until its Hello it is charged as if it did not.
-                unheard = any(m.runtime.adopted and not m.runtime.known for m in device.residents.values())
+                unheard = any(r.adopted and not r.known for r in device.residents.values())
                 assert device.charged_bytes <= device.budget_bytes or unheard
         live = Counter(key.request for r in world.runtimes.values() for key in r.running)
         assert all(count == 1 for count in live.values()), "a request runs twice"
@@ -71,8 +85,9 @@ class Watch:
         if isinstance(command, ToApi):
             self._answer(world, command)
         match command.message:
-            case StartRuntime(model=model):
-                assert all(r.model != model for r in world.runtimes.values()), "a second runtime of a model"
+            case StartRuntime(model=model, device=device):
+                there = [r for r in world.runtimes.values() if (r.model, r.device) == (model, device)]
+                assert not there, "a second runtime of a model on a device"
             case Wake(runtime=runtime):
                 assert runtime in command.runtime  # type: ignore[union-attr]
 
@@ -180,6 +195,21 @@ def _schedule(plan: Plan, world: World, random: Random) -> None:
         world.after(random.uniform(0, plan.fault_s), kill)
     for _ in range(plan.num_router_restarts):
         world.after(random.uniform(0, plan.fault_s), world.restart_router)
+
+    def move() -> None:
+        model, device = f"m{random.randrange(plan.num_models)}", f"host{random.randrange(plan.num_devices)}"
+        ask = AskAdmin(ask=f"a{world.now}", verb="move", model=model, device=device)
+        world.from_api(random.choice(APIS), ask)
+
+    def kill_mover() -> None:
+        count = Counter(r.model for r in world.runtimes.values())
+        if moving := [i for i, r in world.runtimes.items() if count[r.model] > 1]:
+            world.kill(random.choice(moving))
+
+    for _ in range(plan.num_moves):
+        world.after(random.uniform(0, plan.fault_s), move)
+    for _ in range(plan.kills_of_movers):
+        world.after(random.uniform(0, plan.fault_s), kill_mover)
     for number in range(plan.num_requests):
         api = world.apis[random.choice(APIS)]
         model = f"m{random.randrange(plan.num_models)}"
@@ -204,15 +234,18 @@ def _check_end(plan: Plan, world: World) -> None:
             assert client.refusal is not None
             assert client.refusal.code in ("model_failed", "queue_full", "no_room")
         if end == "error":
-            assert plan.num_kills or plan.wakes_fail, "an error needs a fault"
+            faults = plan.num_kills or plan.kills_of_movers or plan.wakes_fail
+            assert faults, "an error needs a fault"
         assert client.ended_at is not None
         assert client.ended_at < plan.fault_s + 200, f"{client.id} of {client.model} starved"
     assert len(world.controller._table) == 0
     for model in world.controller.status(world.now).models:
         assert model.queued == 0
         assert model.in_flight == 0
+    runtimes = Counter(runtime.model for runtime in world.runtimes.values())
+    assert all(count == 1 for count in runtimes.values()), "a move has left a second runtime"
 
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
-    world = run_plan(Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False))
+    world = run_plan(Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2))
     print(world.log.hexdigest())

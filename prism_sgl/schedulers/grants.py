@@ -17,7 +17,7 @@ from prism_sgl.messages import Due, Grant
 from prism_sgl.schedulers import dispatch
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Phase, Request
+from prism_sgl.schedulers.state import Device, Fleet, Model, Phase, Request, Runtime
 
 # Two more than the engine runs at once: the next ones are there when one ends, the rest stay here, where they
 # can still be ordered, abandoned, or kept for a model that takes turns.
@@ -57,9 +57,10 @@ class Granter:
 
     def changed(self, model: Model) -> None:
         """A request was queued, or the model woke: the order of its device is no longer right."""
-        if model.runtime.state is AWAKE and model.runtime.device is not None:
-            self._orders[model.runtime.device].stale = True
-            self._open[model.runtime.device] = None
+        for runtime in model.serving:
+            assert runtime.device is not None
+            self._orders[runtime.device].stale = True
+            self._open[runtime.device] = None
 
     def freed(self, device: str | None) -> None:
         """A first token is out or a request is over: there is room in a window."""
@@ -75,7 +76,7 @@ class Granter:
 
     def _grant_all(self, device: Device, now: float) -> None:
         while (request := self._next(device, now)) is not None:
-            self._grant(self._fleet.models[request.model], request, now)
+            self._grant(device.residents[request.model], request, now)
 
     def _next(self, device: Device, now: float) -> Request | None:
         """Of all models with an open window, the request that stands first in the order."""
@@ -84,8 +85,8 @@ class Granter:
             and self._table.tokens_us(device.name) >= WINDOW_US
         )
         if full and not any(
-            self._table.queued(name) and self._has_no_prefill(model)
-            for name, model in device.residents.items()
+            self._table.queued(name) and self._has_no_prefill(runtime)
+            for name, runtime in device.residents.items()
         ):
             return None
         order = self._orders[device.name]
@@ -101,10 +102,10 @@ class Granter:
                 requests.popleft()
             if not requests or not _before(requests[0], best):
                 continue
-            model = self._fleet.models[name]
-            if full and not self._has_no_prefill(model):
+            runtime = device.residents.get(name)
+            if runtime is None or (full and not self._has_no_prefill(runtime)):
                 continue
-            if self._is_open(model, device) and self._fits(model, requests[0], device):
+            if self._is_open(runtime) and self._fits(runtime, requests[0], device):
                 best = requests[0]
         if best is None and order.stale and order.size:
             # What is left in the order cannot run; what came after it may.
@@ -112,28 +113,27 @@ class Granter:
             return self._next(device, now)
         return best
 
-    def _has_no_prefill(self, model: Model) -> bool:
-        return model.runtime.id is not None and not self._table.needed_us(model.runtime.id)
+    def _has_no_prefill(self, runtime: Runtime) -> bool:
+        return runtime.id is not None and not self._table.needed_us(runtime.id)
 
-    def _is_open(self, model: Model, device: Device) -> bool:
-        runtime, facts = model.runtime, model.facts
+    def _is_open(self, runtime: Runtime) -> bool:
+        facts = runtime.model.facts
         return (
-            runtime.state is AWAKE
-            and runtime.device == device.name
+            runtime.serves
             and facts is not None
             and len(self._table.running(runtime.id)) < facts.max_running_requests + WINDOW_EXTRA
         )
 
-    def _fits(self, model: Model, request: Request, device: Device) -> bool:
+    def _fits(self, runtime: Runtime, request: Request, device: Device) -> bool:
         """The runtime's KV holds it to its end: the floor, and what nobody was promised or is expected to take."""
-        runtime, facts = model.runtime, model.facts
+        facts = runtime.model.facts
         if facts is None or not self._table.running(runtime.id):
             return True
         room_bytes = facts.floor_bytes + max(0, device.free_bytes)
         for other in device.residents.values():
-            if other is not model and other.facts is not None and other.runtime.mapped:
-                expected_bytes = self._table.kv_tokens(other.runtime.id) * other.facts.kv_bytes_per_token
-                room_bytes -= max(0, expected_bytes - other.facts.floor_bytes)
+            if other is not runtime and (its := other.model.facts) is not None and other.mapped:
+                expected_bytes = self._table.kv_tokens(other.id) * its.kv_bytes_per_token
+                room_bytes -= max(0, expected_bytes - its.floor_bytes)
         room_bytes = max(facts.floor_bytes, min(room_bytes, facts.ceiling_bytes))
         tokens = self._table.kv_tokens(runtime.id) + request.kv_tokens
         return tokens * facts.kv_bytes_per_token <= room_bytes
@@ -143,7 +143,7 @@ class Granter:
         waiting = [
             request
             for name in self._table.queued_models()
-            if models[name].runtime.state is AWAKE and models[name].runtime.device == device.name
+            if (runtime := device.residents.get(name)) is not None and runtime.serves
             for request in queued(name).values()
         ]
         ordered = dispatch.order(
@@ -159,8 +159,8 @@ class Granter:
             order.by_model.setdefault(request.model, deque()).append(request)
         order.made_at, order.size, order.stale = now, len(ordered), False
 
-    def _grant(self, model: Model, request: Request, now: float) -> None:
-        runtime = model.runtime
+    def _grant(self, runtime: Runtime, request: Request, now: float) -> None:
+        model = runtime.model
         assert runtime.id is not None
         assert runtime.device is not None
         order = self._orders[runtime.device]

@@ -9,11 +9,11 @@ from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.memory_plan import Resident, Tally
 from prism_sgl.schedulers.placement import Demand, Place
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model
+from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model, Role, Runtime
 
 
-def is_busy(model: Model, table: RequestTable) -> bool:
-    return bool(table.queued(model.name) or table.running(model.runtime.id))
+def is_busy(runtime: Runtime, table: RequestTable) -> bool:
+    return bool(table.queued(runtime.model.name) or table.running(runtime.id))
 
 
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
@@ -51,17 +51,17 @@ class Pictures:
             return known
         residents = [
             Resident(
-                model=model.name,
-                gives_bytes=model.runtime.charged_bytes - self._fleet.asleep_bytes(model),
-                pinned=model.pinned,
-                busy=is_busy(model, self._table),
-                served=model.runtime.served,
-                priority=model.config.priority,
-                awake_since=model.runtime.awake_since,
-                idle_since=model.runtime.idle_since,
+                model=runtime.model.name,
+                gives_bytes=runtime.charged_bytes - self._kept_asleep_bytes(runtime),
+                pinned=runtime.model.pinned and runtime.role is Role.HOME,
+                busy=is_busy(runtime, self._table),
+                served=runtime.served,
+                priority=runtime.model.config.priority,
+                awake_since=runtime.awake_since,
+                idle_since=runtime.idle_since,
             )
-            for model in device.residents.values()
-            if model.runtime.state is AWAKE
+            for runtime in device.residents.values()
+            if runtime.state is AWAKE
         ]
         self._residents[device.name] = residents
         return residents
@@ -70,18 +70,18 @@ class Pictures:
         if (known := self._tallies.get(device.name)) is not None:
             return known
         coming = 0
-        for model in device.residents.values():
-            if model.runtime.state is STOPPING:
-                coming += model.runtime.charged_bytes
-            elif model.runtime.state is DRAINING:
-                coming += model.runtime.charged_bytes - self._fleet.asleep_bytes(model)
+        for runtime in device.residents.values():
+            if runtime.state is STOPPING:
+                coming += runtime.charged_bytes
+            elif runtime.state is DRAINING:
+                coming += runtime.charged_bytes - self._kept_asleep_bytes(runtime)
         return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
 
     def place(self, device: Device) -> Place:
         if (known := self._places.get(device.name)) is not None:
             return known
-        models = list(device.residents.values())
-        mapped = [model for model in models if model.runtime.mapped]
+        models = [runtime.model for runtime in device.residents.values()]
+        mapped = [runtime.model for runtime in device.residents.values() if runtime.mapped]
         place = Place(
             device=device.name,
             budget_bytes=device.budget_bytes,
@@ -102,8 +102,8 @@ class Pictures:
 
     def possible_bytes(self, device: Device, model: Model) -> int:
         """What this model could have there if all but the pinned ones slept."""
-        own = self._kept_bytes(model) if model.runtime.device == device.name else 0
-        return self._possible(device) + own
+        own = device.residents.get(model.name)
+        return self._possible(device) + (0 if own is None else self._kept_bytes(own))
 
     def _possible(self, device: Device) -> int:
         if (known := self._possible_bytes.get(device.name)) is None:
@@ -111,7 +111,12 @@ class Pictures:
             self._possible_bytes[device.name] = known
         return known
 
-    def _kept_bytes(self, model: Model) -> int:
-        if model.pinned and model.runtime.mapped:
-            return model.runtime.charged_bytes
-        return self._fleet.asleep_bytes(model)
+    def _kept_bytes(self, runtime: Runtime) -> int:
+        """What it has whoever wants memory."""
+        if runtime.model.pinned and runtime.mapped and runtime.role in (Role.HOME, Role.INCOMING):
+            return runtime.charged_bytes
+        return self._kept_asleep_bytes(runtime)
+
+    def _kept_asleep_bytes(self, runtime: Runtime) -> int:
+        """Its part of the memory that is not given back by sleep. Only a home sleeps, others are stopped."""
+        return self._fleet.asleep_bytes(runtime.model) if runtime.role is Role.HOME else 0

@@ -22,7 +22,7 @@ from prism_sgl.schedulers.dispatch import TIERS
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.grants import Granter
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import FAILED, Fleet, Model, Phase, Request
+from prism_sgl.schedulers.state import FAILED, Fleet, Model, Phase, Request, Runtime
 
 # api_servers beat once a second; half a minute is longer than any pause of a machine that is not lost.
 _API_SILENT_S = 30.0
@@ -248,8 +248,8 @@ class RequestDesk:
         if remember:
             self._table.remember_end(request.id, request.attempt)
         self._granter.freed(request.device)
-        runtime = model.runtime
-        if request.runtime == runtime.id and not self._table.running(runtime.id):
+        runtime = self._fleet.by_id(request.runtime)
+        if runtime is not None and not self._table.running(runtime.id):
             runtime.idle_since = now
         self._fleet.touch(model)
 
@@ -279,10 +279,10 @@ class RequestDesk:
             if self._fleet.by_id(runtime) is None:
                 self.lose(runtime, f"{runtime} is gone", now)
 
-    def reconcile(self, model: Model, now: float) -> None:
+    def reconcile(self, runtime: Runtime, now: float) -> None:
         """The runtime says that it has nothing in flight. A Finished that a dying router took with it is made up
         for here; younger requests may be on their way from the api_server."""
-        for request in list(self._table.running(model.runtime.id).values()):
+        for request in list(self._table.running(runtime.id).values()):
             if request.phase is not Phase.GRANTED and now - request.since > _RECONCILE_S:
                 self._over(request, now)
 

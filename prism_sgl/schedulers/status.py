@@ -39,7 +39,7 @@ def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
         device=runtime.device,
         runtime=runtime.id,
         queued=len(table.queued(model.name)),
-        in_flight=len(table.running(runtime.id)),
+        in_flight=sum(len(table.running(each.id)) for each in model.runtimes),
         weights_bytes=runtime.weights_bytes,
         kv_bytes=runtime.kv_bytes,
         pinned=model.pinned,

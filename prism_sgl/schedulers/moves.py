@@ -1,0 +1,168 @@
+"""Moves under way: target first, the source serves until the target is awake, then drains and is stopped.
+
+1. room is made on the target device, of what is free and what settled idle models give; nobody busy gives for a move;
+2. a runtime starts there (``Role.INCOMING``), while the source goes on serving;
+3. it is awake: it is the model's home, and all new grants go there; the source is leaving;
+4. the source has answered what it had, or its deadline is over: it is stopped.
+
+If the target does not come up, the source has never stopped serving; the model stays where it is for a while. If the
+source dies, the target becomes the home at once, and what is queued waits for it (lifecycle.py). A router that starts
+anew knows nothing of moves: it finds two runtimes, and the rule for adoption ends at step 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prism_sgl.config import SchedulerConfig
+from prism_sgl.messages import RuntimeId
+from prism_sgl.schedulers.lifecycle import Lifecycle
+from prism_sgl.schedulers.memory_plan import Verdict, find_room
+from prism_sgl.schedulers.pictures import Pictures
+from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Fleet, Model, Role
+
+# A model that has moved stays at least this long: half a window, so that what it is asked for is mostly of its new
+# place when it is looked at again.
+COOL_DOWN_S = 30.0
+# One whose target did not come up is not tried again before.
+_FAILED_COOL_DOWN_S = 120.0
+# Room that idle models give comes in less than a second; memory of a stopped process takes longer to return.
+_ROOM_WAIT_S = 15.0
+
+
+@dataclass
+class _Move:
+    device: str
+    role: Role  # INCOMING, or REPLICA: the source stays
+    why: str
+    since: float
+    runtime: RuntimeId | None = None  # None: room is being made
+
+
+class Mover:
+    """Owner of the moves under way, and of when each model may move again."""
+
+    def __init__(self, limits: SchedulerConfig, fleet: Fleet, lifecycle: Lifecycle) -> None:
+        self._limits = limits
+        self._fleet = fleet
+        self._lifecycle = lifecycle
+        self._moves: dict[str, _Move] = {}
+        self._rests_until: dict[str, float] = {}
+        self.has_news = False  # a move waits to be looked at
+
+    # ------------------------------------------------------------ reading
+
+    def target(self, model: Model) -> str | None:
+        """The device where a runtime of it is coming up, or will be."""
+        if (move := self._moves.get(model.name)) is not None:
+            return move.device
+        incoming = model.incoming
+        return None if incoming is None else incoming.device
+
+    def rests_until(self, model: Model, now: float) -> float:
+        """Not moved before; 0 if it may move."""
+        until = self._rests_until.get(model.name, 0.0)
+        if until <= now:
+            self._rests_until.pop(model.name, None)
+            return 0.0
+        return until
+
+    def refusal(self, model: Model, device: str) -> str | None:
+        """Why this model can't move there now, whatever it would be good for."""
+        if device not in self._fleet.devices:
+            return f"can't move to {device}: no such device"
+        if device not in model.devices:
+            return f"may not be placed on {device}"
+        if device in {runtime.device for runtime in model.runtimes}:
+            return f"has a runtime on {device}"
+        if model.runtime.state is not AWAKE:
+            return f"is {model.runtime.state}; one that is awake can move"
+        if (target := self.target(model)) is not None:
+            return f"is moving to {target}"
+        return None
+
+    # ------------------------------------------------------------ moving
+
+    def begin(self, model: Model, device: str, now: float, why: str, role: Role = Role.INCOMING) -> None:
+        assert self.refusal(model, device) is None
+        self._moves[model.name] = _Move(device, role, why, now)
+        self.has_news = True
+        verb = "gets a replica on" if role is Role.REPLICA else "moves to"
+        self._fleet.note(f"{model.name}: {verb} {device} ({why})")
+
+    def make_room(self, pictures: Pictures, now: float) -> None:
+        """Start what has its room. Comes after all who want to be awake: they have claimed theirs."""
+        self.has_news = False
+        for name, move in list(self._moves.items()):
+            if move.runtime is not None:
+                continue
+            model, device = self._fleet.models[name], self._fleet.devices[move.device]
+            if now - move.since > _ROOM_WAIT_S:
+                self._give_up(model, f"no room on {move.device} in {_ROOM_WAIT_S:.0f} s", now)
+                continue
+            if self._fleet.num_starting >= self._limits.start_parallel:
+                continue
+            needed_bytes = self._fleet.mapped_bytes(model)
+            residents = pictures.residents(device)
+            tally = pictures.tally(device)
+            room = find_room(needed_bytes, tally, residents, now, self._limits, urgent=False, waits_since=now)
+            if room.verdict is Verdict.NOW:
+                move.runtime = self._lifecycle.start(model, device, now, move.why, move.role)
+            elif room.verdict is Verdict.BLOCKED:
+                self._give_up(model, f"no room on {move.device}", now)
+            for victim in room.sleep:
+                why = f"{model.name} moves to {device.name}"
+                self._lifecycle.give_way(device.residents[victim], now, why)
+            pictures.changed(device.name)
+
+    def settle(self, model: Model, now: float) -> None:
+        """Follow up what has happened to a model's runtimes."""
+        incoming = model.incoming
+        if incoming is not None and incoming.state is AWAKE:
+            self._switch(model, now)
+        elif incoming is not None and incoming.state is ASLEEP:
+            self._lifecycle.retire(incoming, now, "sleeps")
+        move = self._moves.get(model.name)
+        if move is None:
+            return
+        if move.runtime is None:
+            if (refusal := self._lost_its_reason(model, move)) is not None:
+                self._give_up(model, refusal, now)
+            return
+        runtime = self._fleet.by_id(move.runtime)
+        if runtime is None or runtime.role is Role.LEAVING or runtime.state is STOPPING:
+            self._give_up(model, f"the runtime on {move.device} did not come up", now)
+        elif runtime.role is Role.HOME or (runtime.role is Role.REPLICA and runtime.state is AWAKE):
+            del self._moves[model.name]
+            self._rests_until[model.name] = now + COOL_DOWN_S
+
+    def _lost_its_reason(self, model: Model, move: _Move) -> str | None:
+        if model.runtime.state is not AWAKE:
+            return f"it is {model.runtime.state}"
+        if any(runtime.device == move.device for runtime in model.runtimes):
+            return f"it is on {move.device}"
+        return None
+
+    def _switch(self, model: Model, now: float) -> None:
+        incoming, source = model.incoming, model.runtime
+        assert incoming is not None
+        move = self._moves.get(model.name)
+        why = move.why if move is not None else "a move that an earlier router began"
+        self._fleet.make_home(incoming, why)
+        model.moves += 1
+        if source.id is not None:
+            self._lifecycle.retire(source, now, f"moved to {incoming.device}: {why}")
+
+    def _give_up(self, model: Model, why: str, now: float) -> None:
+        move = self._moves.pop(model.name)
+        wait_s = COOL_DOWN_S if move.runtime is None else _FAILED_COOL_DOWN_S
+        self._rests_until[model.name] = now + wait_s
+        self._fleet.touch(model)
+        self._fleet.note(f"{model.name}: does not move to {move.device} ({why}); stays for {wait_s:.0f} s")
+
+    def check(self) -> None:
+        for name, move in self._moves.items():
+            model = self._fleet.models[name]
+            runtime = self._fleet.by_id(move.runtime)
+            assert move.runtime is None or (runtime is not None and runtime.role is move.role)
+            assert model.runtime.id != move.runtime or move.runtime is None
