@@ -213,6 +213,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float = 0.0  # 0: too fast to tell
     hit_ratio: float = 0.0  # learned: the part of a prompt that the prefix cache has
     answer_tokens: int = 0  # learned: how long an answer gets
+    moves: int = 0  # to another device
+    others: list[str] = []  # its runtimes beside that one: "starting on host1 (incoming)"
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,6 +224,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int
     charged_bytes: int
     kvpr: float
+    kv_pressure: float = 0.0  # the part of its KV memory that is asked for; above 1: more than there is
+    compute_pressure: float = 0.0  # seconds of it that are asked for a second
 
 
 class Status(Message, frozen=True):

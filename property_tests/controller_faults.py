@@ -55,6 +55,7 @@ class Plan:
     pinned: bool
     num_moves: int  # asked for by an operator, at random times, of whatever model to whatever device
     kills_of_movers: int  # deaths of a source or a target while its model has two runtimes
+    moves_itself: bool  # rates and SLOs for which the controller moves models and makes replicas
     fault_s: float = 60.0
 
 
@@ -65,14 +66,15 @@ class Watch:
     plan: Plan
     granted: dict[tuple[RequestId, int], RuntimeId]
     refused: set[tuple[int, RequestId]]
-    lost: set[tuple[RequestId, int]]
+    lost: set[tuple[int, RequestId, int]]
 
     def step(self, world: World) -> None:
         controller = world.controller
         controller.check()
         if self.plan.overhead_known and controller._lifecycle.supervisor_known:
             for model in controller._fleet.models.values():
-                assert len(model.serving) <= 1, "two runtimes serve a model that needs one"
+                alone = self.plan.moves_itself or len(model.serving) <= 1
+                assert alone, "two runtimes serve a model that needs one"
             for device in controller._fleet.devices.values():
                 assert world.held_bytes(device.name) <= device.charged_bytes, "held without a promise"
                 # One that an earlier router started may sleep; until its Hello it is charged as if it did not.
@@ -96,7 +98,8 @@ class Watch:
             case Grant(request=request, attempt=attempt, runtime=runtime):
                 assert attempt <= 2
                 assert (world.epoch, request) not in self.refused, "granted after it was refused"
-                assert (request, attempt) not in self.lost, "granted after it was lost"
+                # By this router: another one that dies may take both the grant and its loss with it.
+                assert (world.epoch, request, attempt) not in self.lost, "granted after it was lost"
                 # A router that dies may take a grant with it; then the next one grants that attempt anew.
                 before = self.granted.get((request, attempt))
                 assert before in (None, runtime) or world.epoch > _epoch(before)
@@ -105,7 +108,7 @@ class Watch:
                 assert (world.epoch, request) not in self.refused, "refused twice"
                 self.refused.add((world.epoch, request))
             case Lost(request=request, attempt=attempt):
-                self.lost.add((request, attempt))
+                self.lost.add((world.epoch, request, attempt))
 
 
 def _epoch(runtime: RuntimeId | None) -> int:
@@ -117,7 +120,13 @@ def config_of(plan: Plan) -> Config:
     return Config(
         server=ServerConfig(max_queue=30, activation_timeout_s=600.0),
         memory=MemoryConfig(),
-        scheduler=SchedulerConfig(sleep_after_s=10.0, min_residence_s=1.0, max_wait_s=5.0),
+        scheduler=SchedulerConfig(
+            sleep_after_s=10.0,
+            min_residence_s=1.0,
+            max_wait_s=5.0,
+            window_s=6.0 if plan.moves_itself else 60.0,
+            move_drain_s=20.0,
+        ),
         devices=tuple(
             DeviceConfig(name=f"host{i}", kind="host", memory_bytes=budget) for i in range(plan.num_devices)
         ),
@@ -125,7 +134,7 @@ def config_of(plan: Plan) -> Config:
             f"m{i}": ModelConfig(
                 name=f"m{i}",
                 path="",
-                slo=Slo(ttft_s=1.0),
+                slo=Slo(ttft_s=1.0, tpot_s=0.021 if plan.moves_itself else 0.1),
                 pin=plan.pinned and i == 0 and plan.models_a_device > 1,
                 preload=i % 3 != 2,
                 priority=i % 2,
@@ -163,7 +172,7 @@ def run_plan(plan: Plan) -> World:
         return reason if wanted and not calm and random.random() < share else None
 
     costs = Costs(
-        start_s=5.0,
+        start_s=0.5 if plan.moves_itself else 5.0,
         delay_s=lambda link, number: 0.0002 if calm else random.uniform(0.0001, plan.slowest_s),
         copies=lambda link, number: 2 if not calm and random.random() < plan.share_doubled else 1,
         survive=lambda link, first, end: random.randint(first, end),
@@ -247,5 +256,7 @@ def _check_end(plan: Plan, world: World) -> None:
 
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
-    world = run_plan(Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2))
+    world = run_plan(
+        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True)
+    )
     print(world.log.hexdigest())

@@ -92,13 +92,21 @@ class Activation:
         """When time alone may change something."""
         return min(self._look_at, min(self._retries.values(), default=math.inf))
 
+    def waited_for(self) -> set[str]:
+        """Devices where somebody waits for memory."""
+        devices = (
+            self._fleet.models[name].runtime.device or want.device for name, want in self._wants.items()
+        )
+        return {device for device in devices if device is not None}
+
     # ------------------------------------------------------------ wants
 
     def preload(self, now: float) -> None:
         """The supervisor has said what is alive: start what shall be up, spread as placement would have it."""
         cold = [m for m in self._fleet.models.values() if m.config.preload and m.runtime.state is COLD]
-        places = Pictures(self._fleet, self._table, now).places()
-        spread = placement.plan([demand(model, self._fleet, now) for model in cold], places)
+        pictures = Pictures(self._fleet, self._table, now)
+        demands = [demand(model, self._fleet, now) for model in cold]
+        spread = placement.plan(demands, pictures.places(), pictures.kv_unit())
         for model in cold:
             model.start_wanted = True
             self.consider(model, now)
@@ -274,7 +282,8 @@ class Activation:
             if self._fleet.mapped_bytes(model) <= seen.pictures.possible_bytes(device, model):
                 return device
         elsewhere = [place for place in seen.pictures.places() if place.device not in taken]
-        choice = placement.choose(demand(model, self._fleet, seen.now), elsewhere)
+        its = demand(model, self._fleet, seen.now)
+        choice = placement.choose(its, elsewhere, seen.pictures.kv_unit())
         if choice.device is None and model.others:
             return None  # the end of those is a move, which leads here again
         if choice.device is None:

@@ -5,6 +5,7 @@ All are idempotent. An operator's sleep is not a ban: the model wakes again on i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prism_sgl.messages import AdminReply, AskAdmin
@@ -87,6 +88,14 @@ class AdminDesk:
         self._waiting.setdefault(model.name, []).append(ask)
         self._fleet.touch(model)
         return None
+
+    def answer(self, api: str, message: AskAdmin, text: Callable[[Model], str]) -> None:
+        """An ask that only wants to know something."""
+        ask = _Ask(api, message.ask, message.verb, message.device)
+        if (model := self._fleet.models.get(message.model)) is None:
+            self._reply(ask, 404, f"no model {message.model}")
+        else:
+            self._reply(ask, 200, text(model))
 
     def _sleep(self, model: Model, verb: str, now: float) -> str | None:
         state = model.runtime.state

@@ -4,7 +4,8 @@ The live router and the simulator drive the same Controller; only who supplies `
 seconds) and who carries out the commands differs. Its parts, each owner of one structure: ``Fleet`` (models,
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
 ``Lifecycle`` (dealings with supervisor and runtimes), ``AdminDesk`` (operators' asks), ``Activation`` (who wants to
-be awake, and whose memory makes room), ``Mover`` (models on their way to another device).
+be awake, and whose memory makes room), ``Mover`` (models on their way to another device), ``Balancer`` (which of
+them shall move).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
@@ -41,6 +42,7 @@ from prism_sgl.messages import (
 from prism_sgl.schedulers import status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.admin import AdminDesk
+from prism_sgl.schedulers.balancer import Balancer
 from prism_sgl.schedulers.events import (
     Command,
     Event,
@@ -93,6 +95,9 @@ class Controller:
         self._activation = Activation(
             config, self._fleet, self._table, self._desk, self._lifecycle, self._admin, self._mover
         )
+        self._balancer = Balancer(
+            config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
+        )
         self._sweep_at = -math.inf
 
     @property
@@ -121,12 +126,14 @@ class Controller:
     def next_tick(self, now: float) -> float | None:
         """Seconds until it must be called again though nothing happens; None if nothing is pending."""
         at = self._activation.next_at
+        if self._lifecycle.supervisor_known:
+            at = min(at, self._balancer.next_at)
         if self._table or self._admin or not self._lifecycle.supervisor_known:
             at = min(at, self._sweep_at)
         return None if at == math.inf else max(0.0, at - now)
 
     def status(self, now: float) -> Status:
-        return status.build(self.epoch, self._fleet, self._table, self._activation, now)
+        return status.build(self.epoch, self._fleet, self._table, self._activation, self._balancer, now)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -149,8 +156,11 @@ class Controller:
             case Submit():
                 if known:
                     self._desk.submit(api, message, now)
+                    self._balancer.asked()
             case Abandon():
                 self._desk.abandon(message, now)
+            case AskAdmin(verb="explain"):
+                self._admin.answer(api, message, lambda model: self._balancer.explain(model, now))
             case AskAdmin():
                 self._admin.ask(api, message, now)
             case ApiBeat():
@@ -202,6 +212,8 @@ class Controller:
             self._lifecycle.end_late_leavers(now)
             for api in self._desk.forget_silent(now):
                 self._admin.forget_api(api)
+        if self._lifecycle.supervisor_known:
+            self._balancer.run(now)
         while True:
             while self._fleet.changed:
                 name = next(iter(self._fleet.changed))

@@ -37,7 +37,8 @@ _ORDER_INTERVAL_S_PER_REQUEST = 50e-6
 class _Order:
     """The last order of a device, split by model so that one with a full window costs nothing."""
 
-    by_model: dict[str, deque[Request]] = field(default_factory=dict)
+    # With the place in the order: a request of a model with replicas has another one on each of its devices.
+    by_model: dict[str, deque[tuple[int, Request]]] = field(default_factory=dict)
     made_at: float = 0.0
     size: int = 0
     stale: bool = True
@@ -96,22 +97,40 @@ class Granter:
             or not any(order.by_model.values())
         ):
             self._make(device, order, now)
-        best: Request | None = None
+        best: tuple[int, Request] | None = None
         for name, requests in order.by_model.items():
-            while requests and requests[0].phase is not Phase.QUEUED:
+            while requests and requests[0][1].phase is not Phase.QUEUED:
                 requests.popleft()
-            if not requests or not _before(requests[0], best):
+            if not requests or (best is not None and best[0] < requests[0][0]):
                 continue
             runtime = device.residents.get(name)
             if runtime is None or (full and not self._has_no_prefill(runtime)):
                 continue
-            if self._is_open(runtime) and self._fits(runtime, requests[0], device):
+            request = requests[0][1]
+            if not self._is_open(runtime) or not self._fits(runtime, request, device):
+                continue
+            if not runtime.model.others or not self._is_better_elsewhere(runtime, request):
                 best = requests[0]
         if best is None and order.stale and order.size:
             # What is left in the order cannot run; what came after it may.
             self._make(device, order, now)
             return self._next(device, now)
-        return best
+        return None if best is None else best[1]
+
+    def _is_better_elsewhere(self, runtime: Runtime, request: Request) -> bool:
+        """Another runtime of the model has less to do, and may take this request at once."""
+        num_running = len(self._table.running(runtime.id))
+        for other in runtime.model.serving:
+            device = self._fleet.devices[other.device or ""]
+            if (
+                len(self._table.running(other.id)) < num_running
+                and self._is_open(other)
+                and self._has_no_prefill(other)
+                and self._fits(other, request, device)
+            ):
+                self._open[device.name] = None
+                return True
+        return False
 
     def _has_no_prefill(self, runtime: Runtime) -> bool:
         return runtime.id is not None and not self._table.needed_us(runtime.id)
@@ -155,8 +174,7 @@ class Granter:
         )
         order.by_model = {}
         for rank, request in enumerate(ordered):
-            request.rank = rank
-            order.by_model.setdefault(request.model, deque()).append(request)
+            order.by_model.setdefault(request.model, deque()).append((rank, request))
         order.made_at, order.size, order.stale = now, len(ordered), False
 
     def _grant(self, runtime: Runtime, request: Request, now: float) -> None:
@@ -213,7 +231,3 @@ def _due(request: Request, model: Model, now: float) -> Due:
         priority=request.priority,
         needed_s=model.latency.estimate_s(request.prompt_tokens),
     )
-
-
-def _before(request: Request, other: Request | None) -> bool:
-    return other is None or request.rank < other.rank

@@ -303,6 +303,7 @@ class Lifecycle:
             self._fleet.told(runtime, told, now)
         else:
             self._fleet.move(runtime, AWAKE, now, f"started in {message.start_s:.1f} s")
+            model.last_start_s = message.start_s
         runtime.known, runtime.ready_since = True, now
         model.failure, model.start_wanted, model.load_failures, model.shortages = "", False, 0, 0
         self._asked_at.pop(message.runtime, None)

@@ -19,13 +19,12 @@ from prism_sgl.messages import RuntimeId
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Verdict, find_room
 from prism_sgl.schedulers.pictures import Pictures
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Fleet, Model, Role
+from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Device, Fleet, Model, Role
 
-# A model that has moved stays at least this long: half a window, so that what it is asked for is mostly of its new
-# place when it is looked at again.
-COOL_DOWN_S = 30.0
-# One whose target did not come up is not tried again before.
-_FAILED_COOL_DOWN_S = 120.0
+# A model that has moved stays for this part of the window: what is measured of it is then mostly of its new place.
+_COOL_DOWN = 0.5
+# One whose target did not come up waits so many times as long.
+_FAILED = 4
 # Room that idle models give comes in less than a second; memory of a stopped process takes longer to return.
 _ROOM_WAIT_S = 15.0
 
@@ -36,6 +35,7 @@ class _Move:
     role: Role  # INCOMING, or REPLICA: the source stays
     why: str
     since: float
+    waits_for: str = ""  # a model that leaves the device first
     runtime: RuntimeId | None = None  # None: room is being made
 
 
@@ -44,6 +44,7 @@ class Mover:
 
     def __init__(self, limits: SchedulerConfig, fleet: Fleet, lifecycle: Lifecycle) -> None:
         self._limits = limits
+        self._cool_down_s = limits.window_s * _COOL_DOWN
         self._fleet = fleet
         self._lifecycle = lifecycle
         self._moves: dict[str, _Move] = {}
@@ -83,12 +84,29 @@ class Mover:
 
     # ------------------------------------------------------------ moving
 
-    def begin(self, model: Model, device: str, now: float, why: str, role: Role = Role.INCOMING) -> None:
+    def begin(
+        self,
+        model: Model,
+        device: str,
+        now: float,
+        why: str,
+        role: Role = Role.INCOMING,
+        waits_for: str = "",
+    ) -> None:
         assert self.refusal(model, device) is None
-        self._moves[model.name] = _Move(device, role, why, now)
+        self._moves[model.name] = _Move(device, role, why, now, waits_for)
         self.has_news = True
         verb = "gets a replica on" if role is Role.REPLICA else "moves to"
         self._fleet.note(f"{model.name}: {verb} {device} ({why})")
+
+    def drop(self, model: Model, device: str, now: float, why: str) -> None:
+        """One of several runtimes that serve it is no longer needed."""
+        runtime = self._fleet.devices[device].residents[model.name]
+        if runtime is model.runtime:
+            heir = next(r for r in model.serving if r is not runtime)
+            self._fleet.make_home(heir, why)
+        self._lifecycle.retire(runtime, now, why)
+        self._rests_until[model.name] = now + self._cool_down_s
 
     def make_room(self, pictures: Pictures, now: float) -> None:
         """Start what has its room. Comes after all who want to be awake: they have claimed theirs."""
@@ -97,6 +115,9 @@ class Mover:
             if move.runtime is not None:
                 continue
             model, device = self._fleet.models[name], self._fleet.devices[move.device]
+            if self._is_waited_for(move, device):
+                move.since = now
+                continue
             if now - move.since > _ROOM_WAIT_S:
                 self._give_up(model, f"no room on {move.device} in {_ROOM_WAIT_S:.0f} s", now)
                 continue
@@ -114,6 +135,11 @@ class Mover:
                 why = f"{model.name} moves to {device.name}"
                 self._lifecycle.give_way(device.residents[victim], now, why)
             pictures.changed(device.name)
+
+    def _is_waited_for(self, move: _Move, device: Device) -> bool:
+        """The other one of an exchange is still there, and on its way."""
+        other = device.residents.get(move.waits_for)
+        return other is not None and (other.role is Role.LEAVING or self.target(other.model) is not None)
 
     def settle(self, model: Model, now: float) -> None:
         """Follow up what has happened to a model's runtimes."""
@@ -134,7 +160,7 @@ class Mover:
             self._give_up(model, f"the runtime on {move.device} did not come up", now)
         elif runtime.role is Role.HOME or (runtime.role is Role.REPLICA and runtime.state is AWAKE):
             del self._moves[model.name]
-            self._rests_until[model.name] = now + COOL_DOWN_S
+            self._rests_until[model.name] = now + self._cool_down_s
 
     def _lost_its_reason(self, model: Model, move: _Move) -> str | None:
         if model.runtime.state is not AWAKE:
@@ -155,7 +181,7 @@ class Mover:
 
     def _give_up(self, model: Model, why: str, now: float) -> None:
         move = self._moves.pop(model.name)
-        wait_s = COOL_DOWN_S if move.runtime is None else _FAILED_COOL_DOWN_S
+        wait_s = self._cool_down_s * (1 if move.runtime is None else _FAILED)
         self._rests_until[model.name] = now + wait_s
         self._fleet.touch(model)
         self._fleet.note(f"{model.name}: does not move to {move.device} ({why}); stays for {wait_s:.0f} s")

@@ -5,6 +5,9 @@ One pass may look at hundreds of wants, so a device is looked at once, and again
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.memory_plan import Resident, Tally
 from prism_sgl.schedulers.placement import Demand, Place
@@ -16,15 +19,31 @@ def is_busy(runtime: Runtime, table: RequestTable) -> bool:
     return bool(table.queued(runtime.model.name) or table.running(runtime.id))
 
 
+def _kv_bytes_per_token(model: Model) -> int:
+    facts = model.facts
+    return facts.kv_bytes_per_token if facts is not None else model.config.kv_bytes_per_token
+
+
+def _held_bytes(model: Model, now: float) -> float:
+    """KV that it would hold with nobody beside it, and no ceiling."""
+    tokens = model.load.held_tokens(model.answers.typical, model.config.slo.tpot_s, now)
+    return tokens * _kv_bytes_per_token(model)
+
+
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
     facts, config = model.facts, model.config
-    kv_bytes = facts.kv_bytes_per_token if facts is not None else config.kv_bytes_per_token
+    kv_bytes = _kv_bytes_per_token(model)
+    pressure = placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s)
+    # It presses a device with no more than it would get there.
+    if facts is not None and (held := _held_bytes(model, now)) > facts.ceiling_bytes:
+        pressure *= facts.ceiling_bytes / held
     return Demand(
         model=model.name,
         weights_bytes=fleet.weights_bytes(model),
         needed_bytes=fleet.mapped_bytes(model),
-        pressure=placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s),
+        pressure=pressure,
         devices=model.devices,
+        compute=model.load.compute(model.latency, config.slo.tpot_s, now),
     )
 
 
@@ -39,11 +58,32 @@ class Pictures:
         self._places: dict[str, Place] = {}
         self._tallies: dict[str, Tally] = {}
         self._possible_bytes: dict[str, int] = {}
+        self._kv_unit: float | None = None
 
     def changed(self, device: str) -> None:
         self._residents.pop(device, None)
         self._places.pop(device, None)
         self._possible_bytes.pop(device, None)
+
+    def kv_unit(self) -> float:
+        """What makes of KVPRs parts of memory: bytes held over what they are called in KVPR's unit, of all models."""
+        if self._kv_unit is None:
+            models = self._fleet.models.values()
+            held = math.fsum(_held_bytes(model, self._now) for model in models)
+            asked = math.fsum(
+                placement.pressure(
+                    model.rate.per_s(self._now), _kv_bytes_per_token(model), model.config.slo.tpot_s
+                )
+                for model in models
+            )
+            self._kv_unit = held / asked if asked > 0 else 0.0
+        return self._kv_unit
+
+    def share(self, model: Model) -> Demand:
+        """What each of its runtimes carries."""
+        whole = demand(model, self._fleet, self._now)
+        count = 1 + sum(runtime.role is Role.REPLICA for runtime in model.others)
+        return replace(whole, pressure=whole.pressure / count, compute=whole.compute / count)
 
     def residents(self, device: Device) -> list[Resident]:
         """The models that are awake there."""
@@ -82,6 +122,7 @@ class Pictures:
             return known
         models = [runtime.model for runtime in device.residents.values()]
         mapped = [runtime.model for runtime in device.residents.values() if runtime.mapped]
+        shares = [self.share(model) for model in mapped]
         place = Place(
             device=device.name,
             budget_bytes=device.budget_bytes,
@@ -92,7 +133,8 @@ class Pictures:
             possible_bytes=self._possible(device),
             awake_weights_bytes=sum(map(self._fleet.weights_bytes, mapped)),
             home_weights_bytes=sum(map(self._fleet.weights_bytes, models)),
-            pressure=sum(demand(model, self._fleet, self._now).pressure for model in mapped),
+            pressure=math.fsum(share.pressure for share in shares),
+            compute=math.fsum(share.compute for share in shares),
         )
         self._places[device.name] = place
         return place

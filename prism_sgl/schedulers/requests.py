@@ -156,6 +156,8 @@ class RequestDesk:
             self._table.remember_end(message.request, message.attempt)
             self._out.api(api, refusal)
             return
+        if message.attempt == 1:
+            model.load.ask(message.prompt_tokens, now)
         arrival = now - max(0.0, message.waited_s)
         tier = TIERS.get(message.service_tier, TIERS["default"])
         ttft_s = message.ttft_s if message.ttft_s is not None else model.config.slo.ttft_s * tier.ttft_factor
@@ -203,6 +205,7 @@ class RequestDesk:
         request = self._find(message)
         if request is None or request.phase is Phase.ANSWERING:
             return
+        request.ttft_s = message.ttft_s
         if request.prompt_tokens > 0:
             latency = self._fleet.models[request.model].latency
             # The engine worked on those before it meanwhile; of all that time it is charged its own share.
@@ -223,6 +226,7 @@ class RequestDesk:
         model.rate.add(message.completion_tokens, now)
         if message.outcome == "ok" and message.completion_tokens > 0:
             model.answers.observe(message.completion_tokens)
+            self._learn_load(request, message)
         tokens = model.latency.uncached_tokens(request.prompt_tokens)
         if message.prompt_tokens > 0:
             model.latency.observe_hits(message.prompt_tokens, message.cached_tokens)
@@ -235,6 +239,19 @@ class RequestDesk:
         if (prefill_s := request.prefill_s) is not None:
             request.prefill_s = None
             self._fleet.models[request.model].latency.observe(computed_tokens, prefill_s)
+
+    def _learn_load(self, request: Request, message: Finished) -> None:
+        device = self._fleet.devices.get(request.device or "")
+        if device is None or request.prompt_tokens <= 0:
+            return  # of an earlier router: when it began is not known
+        sharers = sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
+        self._fleet.models[request.model].load.answered(
+            message.total_s,
+            request.ttft_s,
+            (message.prompt_tokens or request.prompt_tokens) + message.completion_tokens,
+            message.completion_tokens,
+            sharers,
+        )
 
     def _find(self, message: Started | FirstToken | Finished) -> Request | None:
         request = self._table.get(message.request)

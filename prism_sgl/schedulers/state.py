@@ -18,6 +18,7 @@ from prism_sgl.config_checks import allowed_devices, least_bytes
 from prism_sgl.errors import IllegalMoveError
 from prism_sgl.messages import RequestId, RuntimeFacts, RuntimeId, RuntimeState
 from prism_sgl.schedulers.latency import AnswerLength, LatencyEstimate, TokenRate
+from prism_sgl.schedulers.load import LoadEstimate
 
 COLD, STARTING, AWAKE = RuntimeState.COLD, RuntimeState.STARTING, RuntimeState.AWAKE
 DRAINING, ASLEEP, WAKING = RuntimeState.DRAINING, RuntimeState.ASLEEP, RuntimeState.WAKING
@@ -83,7 +84,6 @@ class Request:
     runtime: RuntimeId | None = None
     device: str | None = None
     since: float = 0.0  # of its phase
-    rank: int = 0  # place in the device's order of dispatch
     kv_tokens: int = 0  # prompt and expected answer: what it will hold at its end
     # From its grant on. Whole microseconds, so that sums over many do not drift.
     needed_us: int = 0  # its prefill, as estimated then
@@ -142,6 +142,7 @@ class Model:
     latency: LatencyEstimate = field(default_factory=LatencyEstimate)
     answers: AnswerLength = field(default_factory=AnswerLength)
     rate: TokenRate = field(default_factory=TokenRate)
+    load: LoadEstimate = field(default_factory=LoadEstimate)
     reason: str = ""
     failure: str = ""  # why it cannot load; requests are refused while this is set and it is failed
     start_wanted: bool = False  # shall be up though no request waits: preload, restart
@@ -157,6 +158,7 @@ class Model:
     moves: int = 0
     last_wake_s: float = 0.0
     last_sleep_s: float = 0.0
+    last_start_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self)
@@ -208,6 +210,7 @@ class Fleet:
         }
         for model in self.models.values():
             model.rate = TokenRate(config.scheduler.window_s)
+            model.load = LoadEstimate(config.scheduler.window_s)
         self._by_id: dict[RuntimeId, Runtime] = {}
         self._exited: OrderedDict[RuntimeId, None] = OrderedDict()
         self.events: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)
