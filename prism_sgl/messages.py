@@ -187,6 +187,15 @@ class AdminReply(Message, frozen=True):
     message: str
 
 
+class RuntimeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A runtime that a model has beside its home, while it moves or has replicas."""
+
+    runtime: RuntimeId
+    device: str
+    state: RuntimeState
+    role: str  # "replica" | "incoming" | "leaving"
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One configured model as the router sees it."""
 
@@ -214,7 +223,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     hit_ratio: float = 0.0  # learned: the part of a prompt that the prefix cache has
     answer_tokens: int = 0  # learned: how long an answer gets
     moves: int = 0  # to another device
-    others: list[str] = []  # its runtimes beside that one: "starting on host1 (incoming)"
+    others: list[RuntimeStatus] = []  # its runtimes beside that one
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -186,7 +186,8 @@ def _best_step(
 
     def consider(candidate: _Candidate) -> None:
         nonlocal best
-        if candidate.worst + candidate.cost <= enough and (best is None or candidate.key < best.key):
+        becomes = candidate.worst + candidate.cost
+        if becomes <= enough and becomes < now and (best is None or candidate.key < best.key):
             best = candidate
 
     for target in targets:

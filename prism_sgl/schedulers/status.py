@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prism_sgl.messages import DeviceStatus, ModelStatus, Status
+from prism_sgl.messages import DeviceStatus, ModelStatus, RuntimeStatus, Status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.balancer import Balancer
 from prism_sgl.schedulers.request_table import RequestTable
@@ -59,7 +59,11 @@ def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
         sleeps=model.sleeps,
         starts=model.starts,
         moves=model.moves,
-        others=[f"{each.state} on {each.device} ({each.role.value})" for each in model.others],
+        others=[
+            RuntimeStatus(runtime=each.id, device=each.device, state=each.state, role=each.role.value)
+            for each in model.others
+            if each.id is not None and each.device is not None
+        ],
         last_wake_s=model.last_wake_s,
         last_sleep_s=model.last_sleep_s,
         slack_s=min(slacks, default=None),
