@@ -23,6 +23,8 @@ CALM = 0.25
 # One model that asks for more than a device gets a replica; one that fewer could carry with this to spare loses one.
 _HOT, _COOL = 1.0, 0.7
 _MOST_SOURCES = 16
+# In a larger fleet the best placement differs from the present one in more models than may move.
+_CHAIN_UP_TO = 32
 _MOST_TARGETS = 16
 # Sums of what is asked go up and down by floats; less than this is nothing.
 _NOTHING = 1e-6
@@ -156,7 +158,8 @@ def rebalance(
             if found is not None:
                 break
         if found is None:
-            chain = _chain(sides, kv_unit, gain, largest) if not steps else None
+            is_small = not steps and len(servings) <= _CHAIN_UP_TO
+            chain = _chain(sides, kv_unit, gain, largest) if is_small else None
             if chain is None or len(chain.steps) > most_steps:
                 return Verdict(tuple(steps), f"no step lowers {_number(largest)} by {gain:.0%}")
             found = chain

@@ -128,7 +128,7 @@ class Controller:
         at = self._activation.next_at
         if self._lifecycle.supervisor_known:
             at = min(at, self._balancer.next_at)
-        if self._table or self._admin or not self._lifecycle.supervisor_known:
+        if self._table or self._admin or self._fleet.leaving or not self._lifecycle.supervisor_known:
             at = min(at, self._sweep_at)
         return None if at == math.inf else max(0.0, at - now)
 
@@ -209,7 +209,7 @@ class Controller:
             if not self._lifecycle.supervisor_known:
                 self._lifecycle.ask_supervisor(now)
             self._desk.sweep(now)
-            self._lifecycle.end_late_leavers(now)
+            self._lifecycle.end_leavers(now)
             for api in self._desk.forget_silent(now):
                 self._admin.forget_api(api)
         if self._lifecycle.supervisor_known:

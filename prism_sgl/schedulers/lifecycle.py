@@ -48,6 +48,8 @@ _MOST_STRANGERS = 1024
 _RESEND_S = 10.0
 _LONGEST_BACKOFF_S = 60.0
 _HEALTHY_S = 60.0
+# The router knows that an answer is over before its last bytes have reached the api_server.
+_LAST_WORDS_S = 1.0
 _AUTOMATIC_RETRIES = 3
 _FIRST_WAKE_RETRY_S = 0.2
 _LONGEST_WAKE_RETRY_S = 2.0
@@ -143,19 +145,17 @@ class Lifecycle:
             self._fleet.move(runtime, DRAINING, now, "leaves")
         if runtime.state is STOPPING or (runtime.state is STARTING and runtime.adopted):
             return  # what an adopted one has in flight is known from its Hello only
-        if runtime.sleep_sent_at is None and not self._table.running(runtime.id):
+        is_idle = runtime.sleep_sent_at is None and not self._table.running(runtime.id)
+        if is_idle and (runtime.state is not DRAINING or now >= runtime.idle_since + _LAST_WORDS_S):
             self.stop(runtime, now, "leaves, nothing is in flight")
 
-    def end_late_leavers(self, now: float) -> None:
-        """Past the deadline the memory counts for more than an answer that never ends."""
-        for device in self._fleet.devices.values():
-            for runtime in list(device.residents.values()):
-                if (
-                    runtime.role is Role.LEAVING
-                    and runtime.state is DRAINING
-                    and now - runtime.since >= self._drain_timeout_s
-                ):
-                    self.stop(runtime, now, f"still not drained after {self._drain_timeout_s:.0f} s")
+    def end_leavers(self, now: float) -> None:
+        """Those that have nothing to do any more, and those past the deadline: then the memory counts for more than
+        an answer that does not end."""
+        for runtime in list(self._fleet.leaving.values()):
+            self._settle_leaving(runtime, now)
+            if runtime.state is DRAINING and now - runtime.since >= self._drain_timeout_s:
+                self.stop(runtime, now, f"still not drained after {self._drain_timeout_s:.0f} s")
 
     def call_off_drain(self, runtime: Runtime, now: float) -> None:
         """The room is no longer wanted. Only before Sleep was sent: that is answered first."""

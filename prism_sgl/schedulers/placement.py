@@ -175,6 +175,8 @@ def pack(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.
     """
     best = _pack(demands, places, kv_unit, math.inf)
     greedy = _pack(demands, places, kv_unit, 0.0)
+    assert best is not None
+    assert greedy is not None
     if (greedy.num_placed, -greedy.largest) > (best.num_placed, -best.largest):
         best = greedy
     low, high = _least(demands, places, kv_unit), best.largest
@@ -182,14 +184,11 @@ def pack(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.
         if not low < high * 0.99:
             break
         limit = (low + high) / 2 if high < math.inf else max(1.0, low * 2)
-        packing = _pack(demands, places, kv_unit, limit)
-        if packing.num_placed >= best.num_placed and packing.largest < best.largest:
-            best = packing
-            high = min(limit, packing.largest)
-        elif high == math.inf:
-            low = limit
+        packing = _pack(demands, places, kv_unit, limit, strict=True)
+        if packing is not None and packing.num_placed >= best.num_placed:
+            best, high = packing, min(limit, packing.largest)
         else:
-            low = max(low, limit)
+            low = limit
     return best
 
 
@@ -206,8 +205,13 @@ def _least(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float) -
     return max(kv, compute / len(places))
 
 
-def _pack(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float, limit: float) -> Packing:
-    """What does not fit below the limit goes where the result is least: with a limit of 0 all of it, as the paper does."""
+def _pack(
+    demands: Sequence[Demand], places: Sequence[Place], kv_unit: float, limit: float, *, strict: bool = False
+) -> Packing | None:
+    """What does not fit below the limit goes where the result is least; a limit of 0 makes it the paper's greedy.
+
+    ``strict``: None, as soon as one has room and is over the limit wherever it goes.
+    """
     bins = [
         _Bin(p, i, p.pressure, p.compute, p.awake_weights_bytes, p.home_weights_bytes, p.free_bytes)
         for i, p in enumerate(places)
@@ -224,18 +228,26 @@ def _pack(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float, li
     chosen: list[str | None] = [None] * len(demands)
     heap = [(b.key(limit, kv_unit), b) for b in bins]
     heapq.heapify(heap)
+    # Hundreds of devices are looked up for each of hundreds of models.
+    sets = {demand.devices: frozenset(demand.devices) for demand in demands}
+    allowed = [sets[demand.devices] for demand in demands]
     left: list[int] = []
     for number in sorted(range(len(demands)), key=size):
-        if (best := _take_first(heap, demands[number], kv_unit, limit)) is None:
+        demand = demands[number]
+        best = None if limit <= 0.0 else _take_first(heap, demand, allowed[number], kv_unit, limit)
+        if best is None:
+            if strict and any(_may_take(b, demand, allowed[number]) for b in bins):
+                return None
             left.append(number)
             continue
         chosen[number] = best.place.device
         heapq.heappush(heap, (best.key(limit, kv_unit), best))
     for number in left:  # over the limit, then, where there is room
         demand = demands[number]
-        fitting = [b for b in bins if _may_take(b, demand)]
+        fitting = [(b.with_(demand, kv_unit), b) for b in bins if _may_take(b, demand, allowed[number])]
         if fitting:
-            best = min(fitting, key=lambda b: (b.with_(demand, kv_unit), b.key(limit, kv_unit)))
+            least = min(value for value, _ in fitting)
+            best = min((b for value, b in fitting if value == least), key=lambda b: b.key(limit, kv_unit))
             best.take(demand)
             chosen[number] = best.place.device
     pressures = (
@@ -245,14 +257,18 @@ def _pack(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float, li
 
 
 def _take_first(
-    heap: list[tuple[tuple[float, float, int, int], _Bin]], demand: Demand, kv_unit: float, limit: float
+    heap: list[tuple[tuple[float, float, int, int], _Bin]],
+    demand: Demand,
+    allowed: frozenset[str],
+    kv_unit: float,
+    limit: float,
 ) -> _Bin | None:
     """The emptiest device that may have it, with it, and no longer in the heap."""
     passed_over = []
     found = None
     while heap:
         entry = heapq.heappop(heap)
-        if _may_take(entry[1], demand) and entry[1].with_(demand, kv_unit) <= limit:
+        if _may_take(entry[1], demand, allowed) and entry[1].with_(demand, kv_unit) <= limit:
             found = entry[1]
             found.take(demand)
             break
@@ -262,12 +278,8 @@ def _take_first(
     return found
 
 
-def _may_take(b: _Bin, demand: Demand) -> bool:
-    return (
-        demand.needed_bytes <= b.free_bytes
-        and b.place.device in demand.devices
-        and demand.model not in b.models
-    )
+def _may_take(b: _Bin, demand: Demand, allowed: frozenset[str]) -> bool:
+    return demand.needed_bytes <= b.free_bytes and b.place.device in allowed and demand.model not in b.models
 
 
 def plan(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.0) -> dict[str, Choice]:

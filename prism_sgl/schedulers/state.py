@@ -214,6 +214,7 @@ class Fleet:
         self._by_id: dict[RuntimeId, Runtime] = {}
         self._exited: OrderedDict[RuntimeId, None] = OrderedDict()
         self.events: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)
+        self.leaving: dict[RuntimeId, Runtime] = {}
         self.changed: dict[str, None] = {}  # models to be looked at again, in order
         self.num_moves = 0
         self.num_starting = 0
@@ -297,6 +298,7 @@ class Fleet:
             self.move(runtime, STOPPING, now, why)
         self.move(runtime, state, now, why)
         del self._by_id[runtime.id]
+        self.leaving.pop(runtime.id, None)
         del self.devices[runtime.device].residents[model.name]
         self.remember_exit(runtime.id)
         if runtime is model.runtime:
@@ -317,9 +319,10 @@ class Fleet:
         assert runtime in model.others
         model.others.remove(runtime)
         model.runtime, runtime.role = runtime, Role.HOME
+        self.leaving.pop(runtime.id or RuntimeId(""), None)
         if old.id is not None:
-            old.role = Role.LEAVING
             model.others.append(old)
+            self.set_leaving(old)
         model.reason = why
         self.num_moves += 1
         self.touch(model)
@@ -328,7 +331,9 @@ class Fleet:
     def set_leaving(self, runtime: Runtime) -> None:
         """It takes no more grants and will be stopped."""
         assert runtime in runtime.model.others, "a home is never without its model"
+        assert runtime.id is not None
         runtime.role = Role.LEAVING
+        self.leaving[runtime.id] = runtime
         self.touch(runtime.model)
 
     # ------------------------------------------------------------
@@ -342,6 +347,8 @@ class Fleet:
         else:
             runtime = Runtime(model, role, id=runtime_id, device=device.name)
             model.others.append(runtime)
+        if role is Role.LEAVING:
+            self.leaving[runtime_id] = runtime
         device.residents[model.name] = runtime
         self._by_id[runtime_id] = runtime
         return runtime
@@ -395,6 +402,7 @@ class Fleet:
             assert sum(runtime.role is Role.INCOMING for runtime in model.others) <= 1
             devices = [runtime.device for runtime in model.runtimes if runtime.device is not None]
             assert len(devices) == len(set(devices)), f"{model.name} is twice on a device"
+        assert self.leaving == {i: r for i, r in self._by_id.items() if r.role is Role.LEAVING}
         for device in self.devices.values():
             charges = {name: runtime.charged_bytes for name, runtime in device.residents.items()}
             assert sum(charges.values()) == device.charged_bytes
