@@ -55,6 +55,7 @@ class Plan:
     pinned: bool
     num_moves: int  # asked for by an operator, at random times, of whatever model to whatever device
     kills_of_movers: int  # deaths of a source or a target while its model has two runtimes
+    spares: bool  # models sleep on a second device too
     moves_itself: bool  # rates and SLOs for which the controller moves models and makes replicas
     fault_s: float = 60.0
 
@@ -126,6 +127,7 @@ def config_of(plan: Plan) -> Config:
             max_wait_s=5.0,
             window_s=6.0 if plan.moves_itself else 60.0,
             move_drain_s=20.0,
+            spares=plan.spares,
         ),
         devices=tuple(
             DeviceConfig(name=f"host{i}", kind="host", memory_bytes=budget) for i in range(plan.num_devices)
@@ -251,12 +253,17 @@ def _check_end(plan: Plan, world: World) -> None:
     for model in world.controller.status(world.now).models:
         assert model.queued == 0
         assert model.in_flight == 0
-    runtimes = Counter(runtime.model for runtime in world.runtimes.values())
-    assert all(count == 1 for count in runtimes.values()), "a move has left a second runtime"
+    for model in world.controller._fleet.models.values():
+        others = [(runtime.role.value, runtime.state.value) for runtime in model.others]
+        assert others == [] or (plan.spares and others == [("spare", "asleep")]), (
+            "a move has left a second runtime"
+        )
+    alive = {runtime.id for model in world.controller._fleet.models.values() for runtime in model.runtimes}
+    assert set(world.runtimes) <= alive, "a process that the router does not know"
 
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
     world = run_plan(
-        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True)
+        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True, True)
     )
     print(world.log.hexdigest())

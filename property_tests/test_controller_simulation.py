@@ -33,6 +33,7 @@ plans = st.builds(
     pinned=st.booleans(),
     num_moves=st.sampled_from((0, 5, 30)),
     kills_of_movers=st.integers(0, 4),
+    spares=st.booleans(),
     moves_itself=st.booleans(),
 )
 

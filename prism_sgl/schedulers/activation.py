@@ -104,7 +104,7 @@ class Activation:
     def preload(self, now: float) -> None:
         """The supervisor has said what is alive: start what shall be up, spread as placement would have it."""
         cold = [m for m in self._fleet.models.values() if m.config.preload and m.runtime.state is COLD]
-        pictures = Pictures(self._fleet, self._table, now)
+        pictures = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s)
         demands = [demand(model, self._fleet, now) for model in cold]
         spread = placement.plan(demands, pictures.places(), pictures.kv_unit())
         for model in cold:
@@ -147,7 +147,7 @@ class Activation:
         if is_calm and not self._dirty and now < self._look_at:
             return
         self._dirty, self._look_at, self._moves_seen = False, math.inf, self._fleet.num_moves
-        seen = _Pass(Pictures(self._fleet, self._table, now), now)
+        seen = _Pass(Pictures(self._fleet, self._table, now, self._limits.sleep_after_s), now)
         for device in self._fleet.devices.values():
             if device.free_bytes < 0:
                 self._settle_excess(device, seen)
@@ -155,6 +155,8 @@ class Activation:
         for name, want in ordered:
             self._serve(self._fleet.models[name], want, seen)
         self._mover.make_room(seen.pictures, now)
+        if self._limits.spares and not self._wants:
+            self._mover.start_spare(seen.pictures, now)
         self._call_off_turns(now)
 
     def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:
@@ -242,7 +244,7 @@ class Activation:
         device = self._fleet.devices[runtime.device]
         if any(r.state in (DRAINING, STOPPING) for r in device.residents.values()):
             return
-        residents = Pictures(self._fleet, self._table, now).residents(device)
+        residents = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s).residents(device)
         others = [r for r in residents if r.model != runtime.model.name]
         victim = longest_idle(others, now, self._limits)
         if victim is not None:
@@ -275,6 +277,8 @@ class Activation:
 
     def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
+        if model.runtime.state is ASLEEP and (spare := model.spare) is not None and spare.is_spare:
+            self._wake_where_best(model, spare, seen)
         here = model.runtime.device or want.device
         taken = {runtime.device for runtime in model.runtimes}
         if here is not None and here in model.devices and here not in (taken - {model.runtime.device}):
@@ -284,7 +288,7 @@ class Activation:
         elsewhere = [place for place in seen.pictures.places() if place.device not in taken]
         its = demand(model, self._fleet, seen.now)
         choice = placement.choose(its, elsewhere, seen.pictures.kv_unit())
-        if choice.device is None and model.others:
+        if choice.device is None and any(runtime.role is not Role.SPARE for runtime in model.others):
             return None  # the end of those is a move, which leads here again
         if choice.device is None:
             if here is not None and here == model.runtime.device:
@@ -299,6 +303,16 @@ class Activation:
             return None
         return self._fleet.devices[choice.device]
 
+    def _wake_where_best(self, model: Model, spare: Runtime, seen: _Pass) -> None:
+        """It sleeps on two devices."""
+        its = demand(model, self._fleet, seen.now)
+        devices = [self._fleet.devices[r.device] for r in (model.runtime, spare) if r.device is not None]
+        choice = placement.choose(its, map(seen.pictures.place, devices), seen.pictures.kv_unit())
+        if choice.device == spare.device:
+            self._fleet.swap_home(spare, choice.reason)
+            for device in devices:
+                seen.pictures.changed(device.name)
+
     def _give_up(self, model: Model, reason: str, now: float) -> None:
         """It would not fit if everybody else slept."""
         del self._wants[model.name]
@@ -308,7 +322,7 @@ class Activation:
         self._desk.refuse_all(model, "no_room", reason, _NO_ROOM_RETRY_S, now)
 
     def kvpr(self, device: Device, now: float) -> float:
-        place = Pictures(self._fleet, self._table, now).place(device)
+        place = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s).place(device)
         return placement.kvpr(place.pressure, place.budget_bytes - place.awake_weights_bytes)
 
     def check(self) -> None:

@@ -118,7 +118,8 @@ class AdminDesk:
         elif model.runtime.state is not STOPPING:
             if busy := self._busy(model):
                 return f"{busy}; drain it first"
-            self._retire_others(model, now, "an operator unloaded it")
+            for runtime in list(model.others):
+                self._lifecycle.retire(runtime, now, "an operator unloaded it")
             self._lifecycle.stop(model.runtime, now, "an operator unloaded it")
         return None
 
@@ -134,7 +135,7 @@ class AdminDesk:
 
     def _retire_others(self, model: Model, now: float, why: str) -> None:
         for runtime in list(model.others):
-            if runtime.role is not Role.LEAVING:
+            if runtime.role in (Role.INCOMING, Role.REPLICA):
                 self._lifecycle.retire(runtime, now, why)
 
     def _busy(self, model: Model) -> str | None:

@@ -38,7 +38,12 @@ class Serving:
     device: str
     stays: str = ""  # why it may not be moved; empty: it may
     cost: float = 0.0  # of a move: compute that its start takes, over the time in which it has to pay
+    near: str = ""  # a device where it only has to wake
+    near_cost: float = 0.0
     priority: int = 0
+
+    def cost_to(self, device: str) -> float:
+        return self.near_cost if device == self.near else self.cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +205,8 @@ def _best_step(
             has_room = serving.demand.needed_bytes <= target.free_bytes
             if has_room and relieved[id(serving)] <= enough and target.may_take(serving.demand):
                 worst = max(relieved[id(serving)], target.value(plus=serving.demand).largest)
-                consider(_Candidate(worst, serving.cost, ((serving, target.place.device),)))
+                name = target.place.device
+                consider(_Candidate(worst, serving.cost_to(name), ((serving, name),)))
     if most >= 2:
         for target in targets[:_MOST_TARGETS]:
             if target is not source and target.value().largest <= enough:
@@ -227,7 +233,8 @@ def _exchanges(
                 there = target.value(plus=out.demand, minus=back.demand).largest
                 here = source.value(plus=back.demand, minus=out.demand).largest
                 steps = ((out, target.place.device), (back, source.place.device))
-                yield _Candidate(max(here, there), out.cost + back.cost, steps if out_first else steps[::-1])
+                cost = out.cost_to(target.place.device) + back.cost_to(source.place.device)
+                yield _Candidate(max(here, there), cost, steps if out_first else steps[::-1])
 
 
 def _chain(sides: Mapping[str, _Side], kv_unit: float, gain: float, largest: float) -> _Candidate | None:
@@ -253,7 +260,7 @@ def _chain(sides: Mapping[str, _Side], kv_unit: float, gain: float, largest: flo
         for serving, device in zip(moving, packing.devices, strict=True)
         if device is not None and device != serving.device
     )
-    cost = math.fsum(serving.cost for serving, _ in steps)
+    cost = math.fsum(serving.cost_to(device) for serving, device in steps)
     comes: dict[str, int] = {}
     for serving, device in steps:
         comes[device] = comes.get(device, 0) + serving.demand.needed_bytes
@@ -284,8 +291,8 @@ def _take(sides: Mapping[str, _Side], found: _Candidate) -> Iterator[Step]:
         )
         if is_exchange:
             reason += f"; changes places with {found.steps[1 - number][0].demand.model}"
-        if serving.cost >= 0.005:
-            reason += f"; its start costs {_number(serving.cost)}"
+        if (cost := serving.cost_to(target)) >= 0.005:
+            reason += f"; its {'wake' if target == serving.near else 'start'} costs {_number(cost)}"
         first = found.steps[0][0].demand.model if is_exchange and number == 1 else ""
         yield Step("move", model, source, target, reason, waits_for=first, part=serving.demand.part)
 
@@ -336,7 +343,9 @@ def _replicate(sides: Mapping[str, _Side], servings: Sequence[Serving], gain: fl
         return None
     target = min(fitting, key=lambda side: (side.value(plus=new).largest, side.place.device))
     after = target.value(plus=new)
-    if max(relieved.largest, after.largest) + servings[0].cost > now.largest * (1 - gain):
+    if max(relieved.largest, after.largest) + servings[0].cost_to(target.place.device) > now.largest * (
+        1 - gain
+    ):
         return None
     reason = (
         f"asks for {_number(max(_alone(source, old), old.compute) * num)} devices and has {num}: "
@@ -407,7 +416,7 @@ def _would_be(serving: Serving, source: _Side, target: _Side, gain: float) -> st
         return f"{becomes}, but there is no room"
     if now < CALM:
         return f"{becomes}; nothing moves below {CALM}"
-    limit = now * (1 - gain) - serving.cost
+    limit = now * (1 - gain) - serving.cost_to(target.place.device)
     if worst > limit:
         return f"{becomes}, more than the {_number(max(0.0, limit))} that would be worth it"
     return becomes

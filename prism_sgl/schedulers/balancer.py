@@ -20,8 +20,9 @@ from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Role, Runtim
 _MOST_STEPS = 2
 # A pass looks at rates over a window; between two of them a twelfth of it has changed (latency.TokenRate).
 _PASSES_A_WINDOW = 12
-# Until a start has been measured.
+# Until they have been measured.
 _FIRST_START_S = 20.0
+_FIRST_WAKE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Balancer:
         return balance.pressures(view.servings, view.places, view.kv_unit)
 
     def _view(self, now: float) -> _View:
-        pictures = Pictures(self._fleet, self._table, now)
+        pictures = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s)
         servings: list[Serving] = []
         waited_for = self._waited_for()
         demands: dict[str, Demand] = {}
@@ -128,7 +129,8 @@ class Balancer:
         model = runtime.model
         if (demand := demands.get(model.name)) is None:
             demand = pictures.share(model)
-            if left := {r.device for r in model.others if r.role is Role.LEAVING}:
+            ends = (Role.LEAVING, Role.SPARE)  # where one leaves or falls asleep none can come
+            if left := {r.device for r in model.others if r.role in ends and not r.is_spare}:
                 demand = replace(demand, devices=tuple(d for d in demand.devices if d not in left))
             demands[model.name] = demand
         assert runtime.device is not None
@@ -138,6 +140,8 @@ class Balancer:
             device=runtime.device,
             stays=self._stays(runtime, demand, now),
             cost=demand.compute * start_s / self._limits.window_s,
+            near=next((r.device for r in model.others if r.is_spare and r.device is not None), ""),
+            near_cost=demand.compute * (model.last_wake_s or _FIRST_WAKE_S) / self._limits.window_s,
             priority=model.config.priority,
         )
 
@@ -169,7 +173,7 @@ class Balancer:
             if r.device is not None
         )
         lines = [f"{model.name}: {where or model.runtime.state} ({model.reason or 'not loaded yet'})"]
-        share = Pictures(self._fleet, self._table, now).share(model)
+        share = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s).share(model)
         lines.append(
             f"it asks for {share.compute:.3f} of a device's time and {model.rate.per_s(now):.1f} tokens/s of KV"
             + (f" on each of {len(model.serving)} devices" if len(model.serving) > 1 else "")
@@ -200,4 +204,4 @@ def _carries(runtime: Runtime) -> bool:
     """What is asked of a model that moves is on its target already."""
     if runtime.role is Role.HOME:
         return runtime.model.incoming is None
-    return runtime.role is not Role.LEAVING
+    return runtime.role in (Role.REPLICA, Role.INCOMING)

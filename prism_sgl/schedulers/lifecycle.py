@@ -111,9 +111,10 @@ class Lifecycle:
         self._fleet.move(runtime, DRAINING, now, why)
         self._settle_drained(runtime, now)
 
-    def retire(self, runtime: Runtime, now: float, why: str) -> None:
-        """Not the home (any more): it answers what it has in flight, then it is stopped."""
+    def retire(self, runtime: Runtime, now: float, why: str, *, keep: bool = False) -> None:
+        """Not the home (any more): it answers what it has in flight, then it is stopped, or sleeps if it is kept."""
         self._fleet.set_leaving(runtime)
+        runtime.keeps = keep
         if runtime.state is AWAKE:
             self._fleet.move(runtime, DRAINING, now, why)
         self._settle_drained(runtime, now)
@@ -131,6 +132,8 @@ class Lifecycle:
             self._settle_drained(runtime, now)
 
     def _settle_drained(self, runtime: Runtime, now: float) -> None:
+        if runtime.role is Role.SPARE and runtime.state is AWAKE:
+            self._fleet.move(runtime, DRAINING, now, "sleeps here to be woken when it is wanted here")
         if runtime.role is Role.LEAVING:
             self._settle_leaving(runtime, now)
         elif (
@@ -146,7 +149,11 @@ class Lifecycle:
         if runtime.state is STOPPING or (runtime.state is STARTING and runtime.adopted):
             return  # what an adopted one has in flight is known from its Hello only
         is_idle = runtime.sleep_sent_at is None and not self._table.running(runtime.id)
-        if is_idle and (runtime.state is not DRAINING or now >= runtime.idle_since + _LAST_WORDS_S):
+        if is_idle and runtime.keeps and runtime.state in (DRAINING, ASLEEP) and runtime.model.spare is None:
+            self._fleet.set_role(runtime, Role.SPARE)
+            runtime.keep_weights = True
+            self._settle_drained(runtime, now)
+        elif is_idle and (runtime.state is not DRAINING or now >= runtime.idle_since + _LAST_WORDS_S):
             self.stop(runtime, now, "leaves, nothing is in flight")
 
     def end_leavers(self, now: float) -> None:
@@ -154,7 +161,11 @@ class Lifecycle:
         an answer that does not end."""
         for runtime in list(self._fleet.leaving.values()):
             self._settle_leaving(runtime, now)
-            if runtime.state is DRAINING and now - runtime.since >= self._drain_timeout_s:
+            if (
+                runtime.role is Role.LEAVING
+                and runtime.state is DRAINING
+                and now - runtime.since >= self._drain_timeout_s
+            ):
                 self.stop(runtime, now, f"still not drained after {self._drain_timeout_s:.0f} s")
 
     def call_off_drain(self, runtime: Runtime, now: float) -> None:
@@ -333,7 +344,9 @@ class Lifecycle:
         if runtime.state is not WAKING:
             return
         model = runtime.model
-        if runtime is not model.runtime:
+        if runtime is not model.runtime and message.shortage:
+            self._fleet.move(runtime, ASLEEP, now, message.reason)
+        elif runtime is not model.runtime:
             self.stop(runtime, now, f"could not wake: {message.reason}")
         elif message.shortage:
             wait_s = min(_LONGEST_WAKE_RETRY_S, _FIRST_WAKE_RETRY_S * 2.0**model.shortages)
@@ -381,7 +394,7 @@ def _is_old(since: float | None, now: float) -> bool:
 
 def _heir(model: Model) -> Runtime | None:
     """Who is the model's home when that is gone: one that serves, then one that has hardly begun to leave, then one
-    that is coming."""
+    that sleeps, or comes."""
 
     def rank(runtime: Runtime) -> int | None:
         if runtime.serves:
@@ -389,7 +402,9 @@ def _heir(model: Model) -> Runtime | None:
         if runtime.role is Role.LEAVING:
             may_stay = runtime.state is DRAINING and runtime.sleep_sent_at is None
             return 1 if may_stay or (runtime.adopted and runtime.state is STARTING) else None
-        return None if runtime.state is STOPPING else 2
+        if runtime.state is STOPPING or runtime.sleep_sent_at is not None:
+            return None
+        return 2 if runtime.state is ASLEEP else 3
 
     ranked = [
         (at, number) for number, runtime in enumerate(model.others) if (at := rank(runtime)) is not None

@@ -1,9 +1,9 @@
 """Moves under way: target first, the source serves until the target is awake, then drains and is stopped.
 
 1. room is made on the target device, of what is free and what settled idle models give; nobody busy gives for a move;
-2. a runtime starts there (``Role.INCOMING``), while the source goes on serving;
+2. a runtime starts there, or wakes if the model's spare sleeps there (``Role.INCOMING``); the source goes on serving;
 3. it is awake: it is the model's home, and all new grants go there; the source is leaving;
-4. the source has answered what it had, or its deadline is over: it is stopped.
+4. the source has answered what it had, or its deadline is over: it is stopped, or sleeps as the model's spare.
 
 If the target does not come up, the source has never stopped serving; the model stays where it is for a while. If the
 source dies, the target becomes the home at once, and what is queued waits for it (lifecycle.py). A router that starts
@@ -12,14 +12,15 @@ anew knows nothing of moves: it finds two runtimes, and the rule for adoption en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
 from prism_sgl.messages import RuntimeId
+from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Verdict, find_room
-from prism_sgl.schedulers.pictures import Pictures
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Device, Fleet, Model, Role
+from prism_sgl.schedulers.pictures import Pictures, demand
+from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Device, Fleet, Model, Role, Runtime
 
 # A model that has moved stays for this part of the window: what is measured of it is then mostly of its new place.
 _COOL_DOWN = 0.5
@@ -49,6 +50,7 @@ class Mover:
         self._lifecycle = lifecycle
         self._moves: dict[str, _Move] = {}
         self._rests_until: dict[str, float] = {}
+        self._spareless = dict.fromkeys(fleet.models)  # may have no spare
         self.has_news = False  # a move waits to be looked at
 
     # ------------------------------------------------------------ reading
@@ -74,7 +76,8 @@ class Mover:
             return f"can't move to {device}: no such device"
         if device not in model.devices:
             return f"may not be placed on {device}"
-        if device in {runtime.device for runtime in model.runtimes}:
+        there = self._fleet.devices[device].residents.get(model.name)
+        if there is not None and not there.is_spare:
             return f"has a runtime on {device}"
         if model.runtime.state is not AWAKE:
             return f"is {model.runtime.state}; one that is awake can move"
@@ -105,7 +108,7 @@ class Mover:
         if runtime is model.runtime:
             heir = next(r for r in model.serving if r is not runtime)
             self._fleet.make_home(heir, why)
-        self._lifecycle.retire(runtime, now, why)
+        self._lifecycle.retire(runtime, now, why, keep=self._limits.spares)
         self._rests_until[model.name] = now + self._cool_down_s
 
     def make_room(self, pictures: Pictures, now: float) -> None:
@@ -121,13 +124,22 @@ class Mover:
             if now - move.since > _ROOM_WAIT_S:
                 self._give_up(model, f"no room on {move.device} in {_ROOM_WAIT_S:.0f} s", now)
                 continue
-            if self._fleet.num_starting >= self._limits.start_parallel:
+            if (
+                move.device not in self._spares(model)
+                and self._fleet.num_starting >= self._limits.start_parallel
+            ):
                 continue
             needed_bytes = self._fleet.mapped_bytes(model)
-            residents = pictures.residents(device)
+            spare = device.residents.get(name)
+            needed_bytes -= spare.charged_bytes if spare is not None else 0
+            residents = [r for r in pictures.residents(device) if r.model != name]
             tally = pictures.tally(device)
             room = find_room(needed_bytes, tally, residents, now, self._limits, urgent=False, waits_since=now)
-            if room.verdict is Verdict.NOW:
+            if room.verdict is Verdict.NOW and spare is not None:
+                self._fleet.set_role(spare, move.role)
+                self._lifecycle.wake(spare, now, move.why)
+                move.runtime = spare.id
+            elif room.verdict is Verdict.NOW:
                 move.runtime = self._lifecycle.start(model, device, now, move.why, move.role)
             elif room.verdict is Verdict.BLOCKED:
                 self._give_up(model, f"no room on {move.device}", now)
@@ -147,7 +159,12 @@ class Mover:
         if incoming is not None and incoming.state is AWAKE:
             self._switch(model, now)
         elif incoming is not None and incoming.state is ASLEEP:
-            self._lifecycle.retire(incoming, now, "sleeps")
+            self._keep_asleep(incoming, now)
+        for runtime in model.others:
+            if runtime.role is Role.REPLICA and runtime.state is ASLEEP:
+                self._keep_asleep(runtime, now)
+        if model.spare is None:
+            self._spareless[model.name] = None
         move = self._moves.get(model.name)
         if move is None:
             return
@@ -155,19 +172,57 @@ class Mover:
             if (refusal := self._lost_its_reason(model, move)) is not None:
                 self._give_up(model, refusal, now)
             return
-        runtime = self._fleet.by_id(move.runtime)
-        if runtime is None or runtime.role is Role.LEAVING or runtime.state is STOPPING:
+        came = self._fleet.by_id(move.runtime)
+        if came is None or came.role not in (move.role, Role.HOME) or came.state is STOPPING:
             self._give_up(model, f"the runtime on {move.device} did not come up", now)
-        elif runtime.role is Role.HOME or (runtime.role is Role.REPLICA and runtime.state is AWAKE):
+        elif move.role is Role.SPARE and (came.role is Role.HOME or came.state is ASLEEP):
+            del self._moves[model.name]
+        elif came.role is Role.HOME or (came.role is Role.REPLICA and came.state is AWAKE):
             del self._moves[model.name]
             self._rests_until[model.name] = now + self._cool_down_s
 
     def _lost_its_reason(self, model: Model, move: _Move) -> str | None:
         if model.runtime.state is not AWAKE:
             return f"it is {model.runtime.state}"
-        if any(runtime.device == move.device for runtime in model.runtimes):
-            return f"it is on {move.device}"
-        return None
+        there = self._fleet.devices[move.device].residents.get(model.name)
+        return None if there is None or there.is_spare else f"it is on {move.device}"
+
+    def _keep_asleep(self, runtime: Runtime, now: float) -> None:
+        """It sleeps, and is not the home: what an earlier router kept, or one that found no memory to wake."""
+        if self._limits.spares and runtime.model.spare is None:
+            self._fleet.set_role(runtime, Role.SPARE)
+        else:
+            self._lifecycle.retire(runtime, now, "sleeps, and is not kept")
+
+    def _spares(self, model: Model) -> set[str]:
+        return {runtime.device for runtime in model.others if runtime.is_spare and runtime.device is not None}
+
+    def start_spare(self, pictures: Pictures, now: float) -> None:
+        """One at a time, where all is calm and a device has room for it awake: it starts, and sleeps at once."""
+        if self._fleet.num_starting or any(move.role is Role.SPARE for move in self._moves.values()):
+            return
+        for name in list(self._spareless):
+            model = self._fleet.models[name]
+            if model.spare is not None or len(model.devices) < 2:
+                del self._spareless[name]
+                continue
+            is_up = model.runtime.state in (AWAKE, ASLEEP) and model.runtime.known
+            if not is_up or model.others or name in self._moves or self.rests_until(model, now):
+                continue
+            its = demand(model, self._fleet, now)
+            places = [
+                replace(pictures.place(device), reclaimable_bytes=0, possible_bytes=0)
+                for device in self._fleet.devices.values()
+                if name not in device.residents and pictures.tally(device).free_bytes >= its.needed_bytes
+            ]
+            choice = placement.choose(its, places, pictures.kv_unit())
+            if choice.device is not None:
+                device = self._fleet.devices[choice.device]
+                why = "shall sleep on a second device"
+                runtime = self._lifecycle.start(model, device, now, why, Role.SPARE)
+                self._moves[name] = _Move(device.name, Role.SPARE, why, now, runtime=runtime)
+                pictures.changed(device.name)
+                return
 
     def _switch(self, model: Model, now: float) -> None:
         incoming, source = model.incoming, model.runtime
@@ -177,14 +232,16 @@ class Mover:
         self._fleet.make_home(incoming, why)
         model.moves += 1
         if source.id is not None:
-            self._lifecycle.retire(source, now, f"moved to {incoming.device}: {why}")
+            why = f"moved to {incoming.device}: {why}"
+            self._lifecycle.retire(source, now, why, keep=self._limits.spares)
 
     def _give_up(self, model: Model, why: str, now: float) -> None:
         move = self._moves.pop(model.name)
         wait_s = self._cool_down_s * (1 if move.runtime is None else _FAILED)
         self._rests_until[model.name] = now + wait_s
         self._fleet.touch(model)
-        self._fleet.note(f"{model.name}: does not move to {move.device} ({why}); stays for {wait_s:.0f} s")
+        wish = "get a runtime on" if move.role is not Role.INCOMING else "move to"
+        self._fleet.note(f"{model.name}: does not {wish} {move.device} ({why}); stays for {wait_s:.0f} s")
 
     def check(self) -> None:
         for name, move in self._moves.items():

@@ -50,10 +50,11 @@ def demand(model: Model, fleet: Fleet, now: float) -> Demand:
 class Pictures:
     """Owner of the pictures of one pass. Tallies live for the whole pass: they hold its claims."""
 
-    def __init__(self, fleet: Fleet, table: RequestTable, now: float) -> None:
+    def __init__(self, fleet: Fleet, table: RequestTable, now: float, sleep_after_s: float) -> None:
         self._fleet = fleet
         self._table = table
         self._now = now
+        self._sleep_after_s = sleep_after_s
         self._residents: dict[str, list[Resident]] = {}
         self._places: dict[str, Place] = {}
         self._tallies: dict[str, Tally] = {}
@@ -86,7 +87,7 @@ class Pictures:
         return replace(whole, pressure=whole.pressure / count, compute=whole.compute / count)
 
     def residents(self, device: Device) -> list[Resident]:
-        """The models that are awake there."""
+        """The models that are awake there, and the spares that sleep there."""
         if (known := self._residents.get(device.name)) is not None:
             return known
         residents = [
@@ -102,6 +103,11 @@ class Pictures:
             )
             for runtime in device.residents.values()
             if runtime.state is AWAKE
+        ]
+        residents += [
+            self._spare(runtime)
+            for runtime in device.residents.values()
+            if runtime.is_spare and runtime.charged_bytes > 0
         ]
         self._residents[device.name] = residents
         return residents
@@ -157,8 +163,22 @@ class Pictures:
         """What it has whoever wants memory."""
         if runtime.model.pinned and runtime.mapped and runtime.role in (Role.HOME, Role.INCOMING):
             return runtime.charged_bytes
-        return self._kept_asleep_bytes(runtime)
+        return self._fleet.asleep_bytes(runtime.model) if runtime.role is Role.HOME else 0
 
     def _kept_asleep_bytes(self, runtime: Runtime) -> int:
-        """Its part of the memory that is not given back by sleep. Only a home sleeps, others are stopped."""
-        return self._fleet.asleep_bytes(runtime.model) if runtime.role is Role.HOME else 0
+        """Its part of the memory that is not given back by sleep. Only a home and a spare sleep, others are stopped."""
+        sleeps = runtime.role in (Role.HOME, Role.SPARE) or runtime.keeps
+        return self._fleet.asleep_bytes(runtime.model) if sleeps else 0
+
+    def _spare(self, runtime: Runtime) -> Resident:
+        """A sleeping spare, as a victim: stopped when what idle models give is not enough."""
+        return Resident(
+            model=runtime.model.name,
+            gives_bytes=runtime.charged_bytes,
+            pinned=False,
+            busy=False,
+            served=True,
+            priority=runtime.model.config.priority,
+            awake_since=-math.inf,
+            idle_since=self._now - self._sleep_after_s - 0.001,
+        )

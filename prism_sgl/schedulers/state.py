@@ -50,6 +50,7 @@ class Role(enum.Enum):
     HOME = "home"  # takes grants; its state is what people call the model's state
     REPLICA = "replica"  # takes grants beside the home
     INCOMING = "incoming"  # target of a move: the home as soon as it is awake
+    SPARE = "spare"  # sleeps on another device than the home, so that a move or a wake there takes no start
     LEAVING = "leaving"  # source of a move, or no longer needed: answers what it has, then it is stopped
 
 
@@ -106,6 +107,7 @@ class Runtime:
     mapped: bool = False  # holds weights and KV, or may do so at any moment
     known: bool = False  # has said Hello to this controller
     adopted: bool = False  # started by an earlier router: its state is what its Hello says
+    keeps: bool = False  # leaves to become the spare
     served: bool = False  # has ever been granted a request
     since: float = 0.0  # of this state
     awake_since: float = 0.0
@@ -123,6 +125,11 @@ class Runtime:
     def serves(self) -> bool:
         """Takes grants now."""
         return self.state is AWAKE and self.role in _SERVING
+
+    @property
+    def is_spare(self) -> bool:
+        """Sleeps, and may be woken where it is."""
+        return self.state is ASLEEP and self.role is Role.SPARE
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +177,10 @@ class Model:
     @property
     def incoming(self) -> Runtime | None:
         return next((runtime for runtime in self.others if runtime.role is Role.INCOMING), None)
+
+    @property
+    def spare(self) -> Runtime | None:
+        return next((runtime for runtime in self.others if runtime.role is Role.SPARE), None)
 
     @property
     def serving(self) -> list[Runtime]:
@@ -329,12 +340,29 @@ class Fleet:
         self.note(f"{model.name}: home is {runtime.device} ({why})")
 
     def set_leaving(self, runtime: Runtime) -> None:
-        """It takes no more grants and will be stopped."""
+        """It takes no more grants, and will be stopped or become the spare."""
         assert runtime in runtime.model.others, "a home is never without its model"
         assert runtime.id is not None
         runtime.role = Role.LEAVING
         self.leaving[runtime.id] = runtime
         self.touch(runtime.model)
+
+    def set_role(self, runtime: Runtime, role: Role) -> None:
+        """A spare is woken to be the target of a move, or the source of one has been drained and is kept."""
+        assert runtime in runtime.model.others
+        assert role is not Role.HOME
+        assert runtime.id is not None
+        self.leaving.pop(runtime.id, None)
+        runtime.role = role
+        self.touch(runtime.model)
+
+    def swap_home(self, spare: Runtime, why: str) -> None:
+        """Both sleep: the model shall wake where its spare is."""
+        home = spare.model.runtime
+        assert home.state is ASLEEP
+        assert spare.role is Role.SPARE
+        self.make_home(spare, why)
+        self.set_role(home, Role.SPARE)
 
     # ------------------------------------------------------------
 
@@ -399,7 +427,8 @@ class Fleet:
                 assert runtime.sleep_sent_at is None or runtime.state is DRAINING
                 assert runtime.wake_sent_at is None or runtime.state is WAKING
             assert all(runtime.id is not None for runtime in model.others)
-            assert sum(runtime.role is Role.INCOMING for runtime in model.others) <= 1
+            for role in (Role.INCOMING, Role.SPARE):
+                assert sum(runtime.role is role for runtime in model.others) <= 1
             devices = [runtime.device for runtime in model.runtimes if runtime.device is not None]
             assert len(devices) == len(set(devices)), f"{model.name} is twice on a device"
         assert self.leaving == {i: r for i, r in self._by_id.items() if r.role is Role.LEAVING}

@@ -14,12 +14,16 @@ from prism_sgl.messages import (
     RuntimeExited,
     RuntimeId,
     RuntimeState,
+    Sleep,
     StartRuntime,
     StopRuntime,
     SupervisorHello,
+    Wake,
+    WakeFailed,
+    Woke,
 )
 from prism_sgl.schedulers.controller import Command
-from tests.schedulers.by_hand import ByHand, config, facts, granted, model, of, replies, started_models
+from tests.schedulers.by_hand import MIB, ByHand, config, facts, granted, model, of, replies, started_models
 
 OLD, NEW = RuntimeId("chat@host0.1-1"), RuntimeId("chat@host1.1-2")
 
@@ -287,3 +291,116 @@ def test_one_device_has_no_passes() -> None:
     router.submit("r1")
     router.finish("r1")
     assert router.controller.next_tick(router.now) is None
+
+
+# ---------------------------------------------------------------- spares
+
+
+def with_spare() -> tuple[ByHand, RuntimeId]:
+    """``chat`` is awake on host0, and its spare sleeps on host1."""
+    router = ByHand(config(model("chat"), devices=2, spares=True))
+    router.start_all()
+    status = router.state("chat")
+    spare = RuntimeId("chat@host1.1-2")
+    assert [(other.runtime, other.role) for other in status.others] == [(spare, "spare")]
+    hello(router, spare)
+    router.slept(spare)
+    assert router.state("chat").others[0].state == "asleep"
+    router.now += 5
+    return router, spare
+
+
+def test_spare_is_started_once_all_is_calm_and_sleeps_at_once() -> None:
+    router, spare = with_spare()
+    assert [s.runtime for s in of(router.all, StartRuntime)] == [OLD, spare]
+    assert [s.runtime for s in of(router.all, Sleep)] == [spare]
+    assert started_models(router.wait(100)) == []
+
+
+def test_move_to_a_spare_takes_a_wake_and_leaves_the_source_asleep() -> None:
+    router, spare = with_spare()
+    router.submit("r1")
+    commands = move(router)
+    assert started_models(commands) == []
+    assert [wake.runtime for wake in of(commands, Wake)] == [spare]
+    assert replies(router.runtime(Woke(runtime=spare, seconds=0.3))) == [("move", 200)]
+    assert runtimes_of(router.submit("r2")) == [spare]
+    assert [sleep.runtime for sleep in of(finish(router, "r1", OLD), Sleep)] == [OLD]
+    router.slept(OLD)
+    assert [(other.runtime, other.state) for other in router.state("chat").others] == [(OLD, "asleep")]
+    assert stopped(router.all) == []
+
+
+def test_spare_that_finds_no_memory_stays_a_spare() -> None:
+    router, spare = with_spare()
+    move(router)
+    failed = router.runtime(WakeFailed(runtime=spare, reason="no memory", shortage=True))
+    assert replies(failed) == [("move", 409)]
+    assert (router.state("chat").device, router.state("chat").others[0].role) == ("host0", "spare")
+
+
+def test_sleeping_model_whose_home_died_wakes_where_its_spare_is() -> None:
+    router, spare = with_spare()
+    commands = exit_of(router, OLD) + router.submit("r1")
+    assert [wake.runtime for wake in of(commands, Wake)] == [spare]
+    assert granted(router.runtime(Woke(runtime=spare, seconds=0.3))) == ["r1"]
+
+
+def test_spare_gives_its_memory_when_idle_models_have_none_to_give() -> None:
+    """What it holds asleep is charged; a model that can't be awake otherwise gets that too."""
+    overhead = 100 * MIB
+    router = ByHand(
+        config(
+            model("big", preload=False, weights_bytes=500 * MIB, devices=("host1",)),
+            model("chat"),
+            devices=2,
+            spares=True,
+        )
+    )
+    router.start_all()
+    spare = RuntimeId("chat@host1.1-2")
+    told = {"model": "chat", "device": "host1", "state": RuntimeState.AWAKE}
+    router.runtime(Hello(runtime=spare, facts=facts(overhead_bytes=overhead), **told))  # type: ignore[arg-type]
+    router.slept(spare)
+    router.now += 5
+    commands = router.submit("r1", "big")
+    assert stopped(commands) == [spare]
+    assert started_models(exit_of(router, spare, expected=True)) == ["big"]
+
+
+def test_unload_ends_the_spare_too_and_sleep_keeps_it() -> None:
+    router, spare = with_spare()
+    router.admin("sleep")
+    router.slept(OLD)
+    assert router.state("chat").others[0].role == "spare"
+    assert set(stopped(router.admin("unload", ask="b"))) == {OLD, spare}
+    exit_of(router, OLD, expected=True)
+    assert replies(exit_of(router, spare, expected=True)) == [("b", 200)]
+
+
+def test_restarted_router_finds_home_and_spare() -> None:
+    router = ByHand(config(model("chat"), devices=2, spares=True), epoch=2, hello=False)
+    router.supervisor(SupervisorHello(alive=[NEW, OLD]))
+    hello(router, OLD, RuntimeState.ASLEEP)
+    hello(router, NEW, RuntimeState.AWAKE)
+    status = router.state("chat")
+    assert (status.runtime, status.state) == (NEW, "awake")
+    assert [(other.runtime, other.role) for other in status.others] == [(OLD, "spare")]
+
+
+def test_model_wakes_on_the_less_pressed_of_its_two_devices() -> None:
+    router = ByHand(config(model("chat"), model("busy", devices=("host0",)), devices=2, spares=True))
+    router.start_all()
+    for _ in range(3):
+        for start in of(router.all, StartRuntime):
+            if start.device == "host1" and router.controller._fleet.by_id(start.runtime).known is False:  # type: ignore[union-attr]
+                hello(router, start.runtime)
+                router.slept(start.runtime)
+    spare = router.state("chat").others[0]
+    assert (spare.device, spare.state) == ("host1", "asleep") or router.state("chat").device == "host1"
+    home = router.state("chat").device
+    router.admin("sleep")
+    router.slept(router.id("chat"))
+    _Load(router).run(30, ["busy"])
+    router.submit("r1")
+    assert router.state("chat").device == "host1", f"it slept on {home} last, where busy is"

@@ -98,7 +98,9 @@ class _Replay:
         busy = (RuntimeState.STARTING, RuntimeState.COLD, RuntimeState.STOPPING, RuntimeState.DRAINING)
         while self.world.now < _LONGEST_START_S:
             self.world.run(self.world.now + 5.0)
-            if all(m.state not in busy for m in self.world.controller.status(self.world.now).models):
+            models = self.world.controller.status(self.world.now).models
+            states = [state for m in models for state in (m.state, *(other.state for other in m.others))]
+            if all(state not in busy for state in states):
                 return
 
     def request(self, number: int, arrival: Arrival) -> None:
