@@ -20,7 +20,7 @@ from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Verdict, find_room
 from prism_sgl.schedulers.pictures import Pictures, demand
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, STOPPING, Device, Fleet, Model, Role, Runtime
+from prism_sgl.schedulers.state import ASLEEP, AWAKE, DRAINING, STOPPING, Device, Fleet, Model, Role, Runtime
 
 # A model that has moved stays for this part of the window: what is measured of it is then mostly of its new place.
 _COOL_DOWN = 0.5
@@ -163,6 +163,10 @@ class Mover:
         for runtime in model.others:
             if runtime.role is Role.REPLICA and runtime.state is ASLEEP:
                 self._keep_asleep(runtime, now)
+        home = model.runtime
+        if home.state in (DRAINING, ASLEEP) and (replica := next(iter(model.serving), None)) is not None:
+            self._fleet.make_home(replica, f"the runtime on {home.device} gave way")
+            self._lifecycle.retire(home, now, "gave way, another one serves", keep=self._limits.spares)
         if model.spare is None:
             self._spareless[model.name] = None
         move = self._moves.get(model.name)

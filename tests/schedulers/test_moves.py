@@ -23,6 +23,7 @@ from prism_sgl.messages import (
     Woke,
 )
 from prism_sgl.schedulers.controller import Command
+from prism_sgl.schedulers.state import Role
 from tests.schedulers.by_hand import MIB, ByHand, config, facts, granted, model, of, replies, started_models
 
 OLD, NEW = RuntimeId("chat@host0.1-1"), RuntimeId("chat@host1.1-2")
@@ -404,3 +405,26 @@ def test_model_wakes_on_the_less_pressed_of_its_two_devices() -> None:
     _Load(router).run(30, ["busy"])
     router.submit("r1")
     assert router.state("chat").device == "host1", f"it slept on {home} last, where busy is"
+
+
+def test_replica_is_the_home_when_the_home_gives_way() -> None:
+    router = two_devices()
+    fleet, mover = router.controller._fleet, router.controller._mover
+    mover.begin(fleet.models["chat"], "host1", router.now, "hot", Role.REPLICA)
+    router.tick()
+    hello(router, NEW)
+    status = router.state("chat")
+    assert [(other.role, other.state) for other in status.others] == [("replica", "awake")]
+    # Two requests go to two runtimes: each to the one that has less to do.
+    first = of(router.submit("r1"), Grant)[0].runtime
+    second = of(router.submit("r2"), Grant)[0].runtime
+    assert {first, second} == {OLD, NEW}
+    for request, runtime in (("r1", first), ("r2", second)):
+        finish(router, request, runtime)
+    router.now += 5
+    router.controller._lifecycle.give_way(fleet.models["chat"].runtime, router.now, "others want its memory")
+    commands = router.tick()
+    assert (router.state("chat").device, router.state("chat").state) == ("host1", "awake")
+    assert [sleep.runtime for sleep in of(commands, Sleep)] == [OLD]
+    assert stopped(router.slept(OLD)) == [OLD]
+    assert runtimes_of(router.submit("r3")) == [NEW]
