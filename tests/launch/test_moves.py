@@ -137,3 +137,23 @@ def test_router_that_dies_in_a_move_leaves_one_runtime_and_loses_nothing() -> No
         assert stack.client.post(f"/api/v1/models/chat/move?device={new}").status_code == 200
         assert stack.client.post("/api/v1/models/chat/move").status_code == 400
         assert stack.client.post("/api/v1/models/chat/move?device=nowhere").status_code == 409
+
+
+def test_model_with_a_spare_moves_there_and_back_without_a_start() -> None:
+    with running(("chat",), num_devices=2, extra=QUICK + "spares = true\n") as stack:
+
+        def others() -> list[tuple[str, str]]:
+            status = stack.client.get("/api/v1/models/chat").json()
+            return [(other["role"], other["state"]) for other in status["others"]]
+
+        wait_for("spare", lambda: others() == [("spare", "asleep")])
+        traffic = Traffic(stack, ["chat"], 0, clients=2)
+        device = device_of(stack, "chat")
+        for target in ("host1" if device == "host0" else "host0", device):
+            assert stack.client.post(f"/api/v1/models/chat/move?device={target}").status_code == 200
+            assert device_of(stack, "chat") == target
+            wait_for("source sleeps", lambda: others() == [("spare", "asleep")])
+        traffic.stop()
+        assert traffic.bad == []
+        assert taken(stack) == Counter(traffic.tags)
+        assert len(stack.programs) == 2
