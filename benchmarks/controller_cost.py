@@ -35,9 +35,10 @@ from prism_sgl.messages import (
     Submit,
     SupervisorHello,
 )
-from prism_sgl.schedulers.balance import Serving, rebalance
+from prism_sgl.schedulers.balance import rebalance
 from prism_sgl.schedulers.controller import Controller, FromApi, FromRuntime, FromSupervisor, Tick
 from prism_sgl.schedulers.placement import Demand, Place, pack
+from prism_sgl.schedulers.sides import Serving
 
 GIB = 1 << 30
 SIZES = ((10, 4), (100, 32), (1000, 256))

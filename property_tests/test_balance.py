@@ -8,8 +8,9 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_sgl.schedulers.balance import CALM, Serving, Verdict, pressures, rebalance
+from prism_sgl.schedulers.balance import CALM, Verdict, pressures, rebalance
 from prism_sgl.schedulers.placement import Demand, Place, pack
+from prism_sgl.schedulers.sides import Serving
 
 DEVICES = ("a", "b", "c", "d")
 servings = st.lists(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
 from prism_sgl.schedulers import balance
-from prism_sgl.schedulers.balance import Pressure, Serving
 from prism_sgl.schedulers.memory_plan import idle_victim_at
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.pictures import Pictures
 from prism_sgl.schedulers.placement import Demand, Place
 from prism_sgl.schedulers.request_table import RequestTable
+from prism_sgl.schedulers.sides import Pressure, Serving
 from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Role, Runtime
 
 # Of a pass: an exchange of two models, or two that leave the most pressed devices.

@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 
-from prism_sgl.schedulers.balance import Serving, Step, Verdict, explain, pressures, rebalance
+from prism_sgl.schedulers.balance import Verdict, explain, pressures, rebalance
 from prism_sgl.schedulers.placement import Demand, Place, pack
+from prism_sgl.schedulers.sides import Serving, Step
 
 DEVICES = ("a", "b", "c")
 
@@ -119,6 +120,8 @@ def test_parts_of_one_model_stay_apart() -> None:
     packing = pack([big, replace(big, part=1), replace(big, part=2)], [place(name) for name in DEVICES])
     assert sorted(map(str, packing.devices)) == ["a", "b", "c"]
     assert pack([big, replace(big, part=1)], [place("a")]).num_placed == 1
+    hot = [replace(part, demand=replace(part.demand, compute=1.5)) for part in parts]
+    assert run(hot, [place("a"), place("b"), place("c"), place("d")]).steps == ()
 
 
 def test_model_too_hot_for_a_device_gets_a_replica() -> None:
