@@ -54,7 +54,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     window_s: float = 60.0  # token rates are averages over this
     prefill_window: int = 4  # a device may have as many without a first token, however long their prefill
     start_parallel: int = 2  # engines that may start at the same time
-    min_move_gain: float = 0.10
+    min_move_gain: float = 0.10  # a move must lower the largest pressure by this part, and pay for itself
+    spares: bool = False  # each model also sleeps on a second device, so that it moves or wakes there at once
+    move_drain_s: float = 300.0  # requests that a moved model's old runtime still answers have so long to end
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,6 +181,8 @@ def _scheduler(table: Table) -> SchedulerConfig:
         prefill_window=table.integer("prefill_window", default.prefill_window, 1),
         start_parallel=table.integer("start_parallel", default.start_parallel, 1),
         min_move_gain=table.number("min_move_gain", default.min_move_gain, 0.0, 10.0),
+        spares=table.flag("spares", default.spares),
+        move_drain_s=table.duration("move_drain", default.move_drain_s, example="5m"),
     )
 
 

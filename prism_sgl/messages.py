@@ -117,8 +117,9 @@ class AskAdmin(Message, frozen=True):
     """An operator's wish. Answered by one AdminReply once it is carried out or refused."""
 
     ask: str  # echoed in the reply
-    verb: str  # "sleep" | "wake" | "load" | "unload" | "pin" | "unpin" | "drain"
+    verb: str  # "sleep" | "wake" | "load" | "unload" | "pin" | "unpin" | "drain" | "move" | "explain"
     model: str
+    device: str = ""  # where to move
 
 
 class ApiHello(Message, frozen=True):
@@ -186,6 +187,15 @@ class AdminReply(Message, frozen=True):
     message: str
 
 
+class RuntimeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A runtime that a model has beside its home, while it moves or has replicas."""
+
+    runtime: RuntimeId
+    device: str
+    state: RuntimeState
+    role: str  # "replica" | "incoming" | "leaving"
+
+
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One configured model as the router sees it."""
 
@@ -212,6 +222,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float = 0.0  # 0: too fast to tell
     hit_ratio: float = 0.0  # learned: the part of a prompt that the prefix cache has
     answer_tokens: int = 0  # learned: how long an answer gets
+    moves: int = 0  # to another device
+    others: list[RuntimeStatus] = []  # its runtimes beside that one
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +233,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int
     charged_bytes: int
     kvpr: float
+    kv_pressure: float = 0.0  # the part of its KV memory that is asked for; above 1: more than there is
+    compute_pressure: float = 0.0  # seconds of it that are asked for a second
 
 
 class Status(Message, frozen=True):

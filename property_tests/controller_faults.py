@@ -16,7 +16,17 @@ from prism_sgl.config import (
     ServerConfig,
     Slo,
 )
-from prism_sgl.messages import Grant, Lost, Refuse, RequestId, RuntimeFacts, RuntimeId, StartRuntime, Wake
+from prism_sgl.messages import (
+    AskAdmin,
+    Grant,
+    Lost,
+    Refuse,
+    RequestId,
+    RuntimeFacts,
+    RuntimeId,
+    StartRuntime,
+    Wake,
+)
 from prism_sgl.schedulers.controller import Command, ToApi
 from prism_sgl.schedulers.simulator import Costs, World
 
@@ -43,6 +53,10 @@ class Plan:
     wakes_fail: bool
     overhead_known: bool  # False: engines hold more than their files told
     pinned: bool
+    num_moves: int  # asked for by an operator, at random times, of whatever model to whatever device
+    kills_of_movers: int  # deaths of a source or a target while its model has two runtimes
+    spares: bool  # models sleep on a second device too
+    moves_itself: bool  # rates and SLOs for which the controller moves models and makes replicas
     fault_s: float = 60.0
 
 
@@ -53,16 +67,19 @@ class Watch:
     plan: Plan
     granted: dict[tuple[RequestId, int], RuntimeId]
     refused: set[tuple[int, RequestId]]
-    lost: set[tuple[RequestId, int]]
+    lost: set[tuple[int, RequestId, int]]
 
     def step(self, world: World) -> None:
         controller = world.controller
         controller.check()
         if self.plan.overhead_known and controller._lifecycle.supervisor_known:
+            for model in controller._fleet.models.values():
+                alone = self.plan.moves_itself or len(model.serving) <= 1
+                assert alone, "two runtimes serve a model that needs one"
             for device in controller._fleet.devices.values():
                 assert world.held_bytes(device.name) <= device.charged_bytes, "held without a promise"
                 # One that an earlier router started may sleep; until its Hello it is charged as if it did not.
-                unheard = any(m.runtime.adopted and not m.runtime.known for m in device.residents.values())
+                unheard = any(r.adopted and not r.known for r in device.residents.values())
                 assert device.charged_bytes <= device.budget_bytes or unheard
         live = Counter(key.request for r in world.runtimes.values() for key in r.running)
         assert all(count == 1 for count in live.values()), "a request runs twice"
@@ -71,8 +88,9 @@ class Watch:
         if isinstance(command, ToApi):
             self._answer(world, command)
         match command.message:
-            case StartRuntime(model=model):
-                assert all(r.model != model for r in world.runtimes.values()), "a second runtime of a model"
+            case StartRuntime(model=model, device=device):
+                there = [r for r in world.runtimes.values() if (r.model, r.device) == (model, device)]
+                assert not there, "a second runtime of a model on a device"
             case Wake(runtime=runtime):
                 assert runtime in command.runtime  # type: ignore[union-attr]
 
@@ -81,7 +99,8 @@ class Watch:
             case Grant(request=request, attempt=attempt, runtime=runtime):
                 assert attempt <= 2
                 assert (world.epoch, request) not in self.refused, "granted after it was refused"
-                assert (request, attempt) not in self.lost, "granted after it was lost"
+                # By this router: another one that dies may take both the grant and its loss with it.
+                assert (world.epoch, request, attempt) not in self.lost, "granted after it was lost"
                 # A router that dies may take a grant with it; then the next one grants that attempt anew.
                 before = self.granted.get((request, attempt))
                 assert before in (None, runtime) or world.epoch > _epoch(before)
@@ -90,7 +109,7 @@ class Watch:
                 assert (world.epoch, request) not in self.refused, "refused twice"
                 self.refused.add((world.epoch, request))
             case Lost(request=request, attempt=attempt):
-                self.lost.add((request, attempt))
+                self.lost.add((world.epoch, request, attempt))
 
 
 def _epoch(runtime: RuntimeId | None) -> int:
@@ -102,7 +121,14 @@ def config_of(plan: Plan) -> Config:
     return Config(
         server=ServerConfig(max_queue=30, activation_timeout_s=600.0),
         memory=MemoryConfig(),
-        scheduler=SchedulerConfig(sleep_after_s=10.0, min_residence_s=1.0, max_wait_s=5.0),
+        scheduler=SchedulerConfig(
+            sleep_after_s=10.0,
+            min_residence_s=1.0,
+            max_wait_s=5.0,
+            window_s=6.0 if plan.moves_itself else 60.0,
+            move_drain_s=20.0,
+            spares=plan.spares,
+        ),
         devices=tuple(
             DeviceConfig(name=f"host{i}", kind="host", memory_bytes=budget) for i in range(plan.num_devices)
         ),
@@ -110,7 +136,7 @@ def config_of(plan: Plan) -> Config:
             f"m{i}": ModelConfig(
                 name=f"m{i}",
                 path="",
-                slo=Slo(ttft_s=1.0),
+                slo=Slo(ttft_s=1.0, tpot_s=0.021 if plan.moves_itself else 0.1),
                 pin=plan.pinned and i == 0 and plan.models_a_device > 1,
                 preload=i % 3 != 2,
                 priority=i % 2,
@@ -148,7 +174,7 @@ def run_plan(plan: Plan) -> World:
         return reason if wanted and not calm and random.random() < share else None
 
     costs = Costs(
-        start_s=5.0,
+        start_s=0.5 if plan.moves_itself else 5.0,
         delay_s=lambda link, number: 0.0002 if calm else random.uniform(0.0001, plan.slowest_s),
         copies=lambda link, number: 2 if not calm and random.random() < plan.share_doubled else 1,
         survive=lambda link, first, end: random.randint(first, end),
@@ -180,6 +206,21 @@ def _schedule(plan: Plan, world: World, random: Random) -> None:
         world.after(random.uniform(0, plan.fault_s), kill)
     for _ in range(plan.num_router_restarts):
         world.after(random.uniform(0, plan.fault_s), world.restart_router)
+
+    def move() -> None:
+        model, device = f"m{random.randrange(plan.num_models)}", f"host{random.randrange(plan.num_devices)}"
+        ask = AskAdmin(ask=f"a{world.now}", verb="move", model=model, device=device)
+        world.from_api(random.choice(APIS), ask)
+
+    def kill_mover() -> None:
+        count = Counter(r.model for r in world.runtimes.values())
+        if moving := [i for i, r in world.runtimes.items() if count[r.model] > 1]:
+            world.kill(random.choice(moving))
+
+    for _ in range(plan.num_moves):
+        world.after(random.uniform(0, plan.fault_s), move)
+    for _ in range(plan.kills_of_movers):
+        world.after(random.uniform(0, plan.fault_s), kill_mover)
     for number in range(plan.num_requests):
         api = world.apis[random.choice(APIS)]
         model = f"m{random.randrange(plan.num_models)}"
@@ -204,15 +245,25 @@ def _check_end(plan: Plan, world: World) -> None:
             assert client.refusal is not None
             assert client.refusal.code in ("model_failed", "queue_full", "no_room")
         if end == "error":
-            assert plan.num_kills or plan.wakes_fail, "an error needs a fault"
+            faults = plan.num_kills or plan.kills_of_movers or plan.wakes_fail
+            assert faults, "an error needs a fault"
         assert client.ended_at is not None
         assert client.ended_at < plan.fault_s + 200, f"{client.id} of {client.model} starved"
     assert len(world.controller._table) == 0
     for model in world.controller.status(world.now).models:
         assert model.queued == 0
         assert model.in_flight == 0
+    for model in world.controller._fleet.models.values():
+        others = [(runtime.role.value, runtime.state.value) for runtime in model.others]
+        assert others == [] or (plan.spares and others == [("spare", "asleep")]), (
+            "a move has left a second runtime"
+        )
+    alive = {runtime.id for model in world.controller._fleet.models.values() for runtime in model.runtimes}
+    assert set(world.runtimes) <= alive, "a process that the router does not know"
 
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
-    world = run_plan(Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False))
+    world = run_plan(
+        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True, True)
+    )
     print(world.log.hexdigest())

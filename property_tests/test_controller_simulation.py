@@ -31,6 +31,10 @@ plans = st.builds(
     wakes_fail=st.booleans(),
     overhead_known=st.booleans(),
     pinned=st.booleans(),
+    num_moves=st.sampled_from((0, 5, 30)),
+    kills_of_movers=st.integers(0, 4),
+    spares=st.booleans(),
+    moves_itself=st.booleans(),
 )
 
 

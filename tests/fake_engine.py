@@ -1,8 +1,9 @@
 """A runtime without SGLang: speaks all messages of a worker, and answers with a small app behind AsgiBridge.
 
 Requests tell it how to behave by fields of their body: ``tag`` names them in the lines that it prints ("took",
-"gone", "done"), ``hold`` makes them wait until stdin has a line "release <hold>", ``hold_after`` does so after that
-many chunks, ``chunks`` and ``chunk_bytes`` size the answer, ``promise`` asks for the deadline that came along.
+"gone", "done"), ``delay_ms`` makes them take so long, ``hold`` makes them wait until stdin has a line
+"release <hold>", ``hold_after`` does so after that many chunks, ``chunks`` and ``chunk_bytes`` size the answer,
+``promise`` asks for the deadline that came along.
 ``python -m tests.fake_engine --runtime R --run-dir D``
 """
 
@@ -129,6 +130,7 @@ def build_app(holds: Holds, model: str) -> Starlette:
         """True: the client went away. Asks as SGLang does, by is_disconnected between short waits."""
         tag = body.get("tag", "")
         say_of("took", tag)
+        await asyncio.sleep(body.get("delay_ms", 0) / 1000)
         if hold := body.get("hold"):
             waiter = asyncio.create_task(holds.wait(hold))
             while not waiter.done():

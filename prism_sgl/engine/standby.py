@@ -76,7 +76,9 @@ class Standby:
     def _obey(self) -> bool:
         try:
             data = self.channel.recv(_MESSAGE_BYTES)
-        except ConnectionResetError:  # it closed before it had read all that we told it: an end like any other
+        except (
+            ConnectionResetError
+        ):  # it closed before it had read all that we told it: an end like any other
             data = b""
         if not data:
             return False

@@ -90,7 +90,10 @@ class Answers:
     async def answer(self, route: Route, call: Call) -> Answer:
         path = route.path
         if path.startswith(_ADMIN_PATH):
-            return await self._ask(path.removeprefix(_ADMIN_PATH), self.resolve(call.params["model"]))
+            verb, device = path.removeprefix(_ADMIN_PATH), call.query_value("device") or ""
+            if verb == "move" and not device:
+                raise HttpError(400, "device_required", "which device? Give it as ?device=", param="device")
+            return await self._ask(verb, self.resolve(call.params["model"]), device)
         match path:
             case "/":
                 return Answer(200, b"prism_sgl is running\n", TEXT)
@@ -208,10 +211,10 @@ class Answers:
             "details": {"format": "sglang", "family": "", "parameter_size": "", "quantization_level": ""},
         }
 
-    async def _ask(self, verb: str, model: str) -> Answer:
+    async def _ask(self, verb: str, model: str, device: str = "") -> Answer:
         if not self._forwarder.router_lives:
             raise HttpError(503, "router_silent", "the router does not answer; try again", retry_after_s=1.0)
-        reply = await self._forwarder.ask(verb, model)
+        reply = await self._forwarder.ask(verb, model, device)
         if reply.status >= 400:
             retry_after_s = 5.0 if reply.status in (429, 503) else None
             raise HttpError(reply.status, f"{verb}_refused", reply.message, retry_after_s=retry_after_s)

@@ -1,4 +1,4 @@
-"""The command line of a running server: what it serves, and sleep, wake, load, unload by hand."""
+"""The command line of a running server: what it serves, and sleep, wake, load, unload, move by hand."""
 
 from __future__ import annotations
 
@@ -119,6 +119,23 @@ def unload(context: click.Context, model: str) -> None:
     _ask(context, model, "unload")
 
 
+@cli.command()
+@_model
+@click.argument("device")
+@click.pass_context
+def move(context: click.Context, model: str, device: str) -> None:
+    """Serve MODEL on DEVICE; it goes on being served meanwhile."""
+    _ask(context, model, f"move?device={quote(device, safe='')}")
+
+
+@cli.command()
+@_model
+@click.pass_context
+def explain(context: click.Context, model: str) -> None:
+    """Say where MODEL is and why, and what would have to change to move it."""
+    _ask(context, model, "explain", method="GET")
+
+
 def _fetch_models(context: click.Context) -> list[dict[str, Any]]:
     content = _request(context, "GET", "/api/v1/models", _READ_TIMEOUT_S)
     models = content.get("models", content.get("data", []))
@@ -126,8 +143,8 @@ def _fetch_models(context: click.Context) -> list[dict[str, Any]]:
     return [{**model, **model.get("prism", {})} for model in models if isinstance(model, dict)]
 
 
-def _ask(context: click.Context, model: str, verb: str) -> None:
-    content = _request(context, "POST", f"/api/v1/models/{quote(model)}/{verb}", _VERB_TIMEOUT_S)
+def _ask(context: click.Context, model: str, verb: str, method: str = "POST") -> None:
+    content = _request(context, method, f"/api/v1/models/{quote(model)}/{verb}", _VERB_TIMEOUT_S)
     click.echo(content.get("message") or f"{model}: {verb} done")
 
 

@@ -143,9 +143,9 @@ class Forwarder:
             self._tell(Abandon(request=exchange.id))
         self._forget(exchange)
 
-    async def ask(self, verb: str, model: str) -> AdminReply:
+    async def ask(self, verb: str, model: str, device: str = "") -> AdminReply:
         """An operator's wish; the answer comes when it is carried out or refused."""
-        ask = AskAdmin(ask=str(self.new_id()), verb=verb, model=model)
+        ask = AskAdmin(ask=str(self.new_id()), verb=verb, model=model, device=device)
         reply: asyncio.Future[AdminReply] = self._loop.create_future()
         self._asks[ask.ask] = (ask, reply)
         self._tell(ask)
@@ -221,6 +221,7 @@ class Forwarder:
     def _take_status(self, status: Status) -> None:
         self.status, self._status_at = status, time.monotonic()
         living = {model.runtime for model in status.models}
+        living |= {other.runtime for model in status.models for other in model.others}
         for runtime, link in list(self._links.items()):
             if runtime in living:
                 continue

@@ -179,6 +179,7 @@ def _of_models(status: Status) -> Iterable[Metric]:
         "prism_model_activations", "How often a model was made ready", labels=["model", "from"]
     )
     sleeps = CounterMetricFamily("prism_model_sleeps", "How often a model went to sleep", labels=["model"])
+    moves = CounterMetricFamily("prism_model_moves", "How often a model moved to a device", labels=["model"])
     for model in status.models:
         queue.add_metric([model.name], model.queued)
         late.add_metric([model.name], model.late)
@@ -192,11 +193,20 @@ def _of_models(status: Status) -> Iterable[Metric]:
         activations.add_metric([model.name, "asleep"], model.wakes)
         activations.add_metric([model.name, "cold"], model.starts)
         sleeps.add_metric([model.name], model.sleeps)
+        moves.add_metric([model.name], model.moves)
+    pressure = GaugeMetricFamily(
+        "prism_device_pressure",
+        "The part of a device that is asked for, of its KV memory and of its time; above 1: more than there is",
+        labels=["device", "kind"],
+    )
     kvpr = GaugeMetricFamily("prism_kvpr", "Pressure on a device's KV memory", labels=["device"])
     charged = GaugeMetricFamily(
         "prism_device_charged_bytes", "What the router counts as held on a device", labels=["device"]
     )
     for device in status.devices:
         kvpr.add_metric([device.name], device.kvpr)
+        pressure.add_metric([device.name, "kv"], device.kv_pressure)
+        pressure.add_metric([device.name, "compute"], device.compute_pressure)
         charged.add_metric([device.name], device.charged_bytes)
-    yield from (queue, late, slack, prefill, hits, running, states, activations, sleeps, kvpr, charged)
+    yield from (queue, late, slack, prefill, hits, running, states, activations, sleeps, moves)
+    yield from (kvpr, pressure, charged)

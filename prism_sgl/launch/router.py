@@ -53,6 +53,13 @@ _SUPERVISOR = b"supervisor"
 M = TypeVar("M", bound=Message)
 
 
+def call_later(
+    loop: asyncio.AbstractEventLoop, wait_s: float, action: Callable[[], None]
+) -> asyncio.TimerHandle:
+    """After a millisecond at least: for less, uvloop gives a handle that does not know when it runs."""
+    return loop.call_later(max(wait_s, 0.001), action)
+
+
 class Router:
     """Owner of the Controller and of the three sockets. Everything happens on one loop."""
 
@@ -159,7 +166,7 @@ class Router:
             if timer is None or timer.when() > self._loop.time() + wait_s + _TIMER_SLACK_S:
                 if timer is not None:
                     timer.cancel()
-                self._tick_timer = self._loop.call_later(wait_s, self._tick)
+                self._tick_timer = call_later(self._loop, wait_s, self._tick)
         changed = self._controller.num_moves != self._moves_told
         due_at = self._status_at + (_STATUS_AT_MOST_EVERY_S if changed else _STATUS_EVERY_S)
         if now >= due_at:
@@ -170,7 +177,7 @@ class Router:
     def _set_status_timer(self, wait_s: float) -> None:
         if self._status_timer is not None:
             self._status_timer.cancel()
-        self._status_timer = self._loop.call_later(wait_s, self._tell_status)
+        self._status_timer = call_later(self._loop, wait_s, self._tell_status)
 
     def _tell_status(self) -> None:
         now = time.monotonic()

@@ -120,6 +120,8 @@ POST /api/v1/models/{model:path}/wake
 POST /api/v1/models/{model:path}/pin
 POST /api/v1/models/{model:path}/unpin
 POST /api/v1/models/{model:path}/drain
+POST /api/v1/models/{model:path}/move
+GET /api/v1/models/{model:path}/explain
 """
 _ADMIN = """
 GET,POST /flush_cache

@@ -17,11 +17,23 @@ from prism_sgl.schedulers.admin import AdminDesk
 from prism_sgl.schedulers.grants import Shortage
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, kv_victims
+from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.pictures import Pictures, demand, is_busy
 from prism_sgl.schedulers.placement import Choice
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, COLD, DRAINING, FAILED, Device, Fleet, Model
+from prism_sgl.schedulers.state import (
+    ASLEEP,
+    AWAKE,
+    COLD,
+    DRAINING,
+    FAILED,
+    Device,
+    Fleet,
+    Model,
+    Role,
+    Runtime,
+)
 from prism_sgl.units import show_size
 
 # A runtime that takes more KV than it gets for this long has a lasting need, not a burst.
@@ -60,6 +72,7 @@ class Activation:
         desk: RequestDesk,
         lifecycle: Lifecycle,
         admin: AdminDesk,
+        mover: Mover,
     ) -> None:
         self._limits = config.scheduler
         self._fleet = fleet
@@ -67,6 +80,7 @@ class Activation:
         self._desk = desk
         self._lifecycle = lifecycle
         self._admin = admin
+        self._mover = mover
         self._wants: dict[str, _Want] = {}
         self._retries: dict[str, float] = {}  # models that could not load, and when they are tried again
         self._turns: dict[str, str] = {}  # model that drains -> model that it drains for
@@ -81,13 +95,21 @@ class Activation:
         """When time alone may change something."""
         return min(self._look_at, self._kv_look_at, min(self._retries.values(), default=math.inf))
 
+    def waited_for(self) -> set[str]:
+        """Devices where somebody waits for memory."""
+        devices = (
+            self._fleet.models[name].runtime.device or want.device for name, want in self._wants.items()
+        )
+        return {device for device in devices if device is not None}
+
     # ------------------------------------------------------------ wants
 
     def preload(self, now: float) -> None:
         """The supervisor has said what is alive: start what shall be up, spread as placement would have it."""
         cold = [m for m in self._fleet.models.values() if m.config.preload and m.runtime.state is COLD]
-        places = Pictures(self._fleet, self._table, now).places()
-        spread = placement.plan([demand(model, self._fleet, now) for model in cold], places)
+        pictures = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s)
+        demands = [demand(model, self._fleet, now) for model in cold]
+        spread = placement.plan(demands, pictures.places(), pictures.kv_unit())
         for model in cold:
             model.start_wanted = True
             self.consider(model, now)
@@ -115,7 +137,7 @@ class Activation:
         elif want.urgent != urgent:
             # Turns are counted from when somebody waits, not from when a preload began to want.
             want.since, want.urgent, self._dirty = now, urgent, True
-        if state is AWAKE and (self._wants or self._turns) and not is_busy(model, self._table):
+        if state is AWAKE and (self._wants or self._turns) and not is_busy(model.runtime, self._table):
             self._dirty = True
 
     def run(self, now: float) -> None:
@@ -124,16 +146,20 @@ class Activation:
             self.consider(self._fleet.models[name], now)
         if not self._lifecycle.supervisor_known:
             return
-        if not self._dirty and now < self._look_at and self._moves_seen == self._fleet.num_moves:
+        is_calm = self._moves_seen == self._fleet.num_moves and not self._mover.has_news
+        if is_calm and not self._dirty and now < self._look_at:
             return
         self._dirty, self._look_at, self._moves_seen = False, math.inf, self._fleet.num_moves
-        seen = _Pass(Pictures(self._fleet, self._table, now), now)
+        seen = _Pass(Pictures(self._fleet, self._table, now, self._limits.sleep_after_s), now)
         for device in self._fleet.devices.values():
             if device.free_bytes < 0:
                 self._settle_excess(device, seen)
         ordered = sorted(self._wants.items(), key=lambda w: (not w[1].urgent, w[1].since))
         for name, want in ordered:
             self._serve(self._fleet.models[name], want, seen)
+        self._mover.make_room(seen.pictures, now)
+        if self._limits.spares and not self._wants:
+            self._mover.start_spare(seen.pictures, now)
         self._call_off_turns(now)
 
     def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:
@@ -169,7 +195,7 @@ class Activation:
             self._activate(model, want, device, seen)
         else:
             want.device = device.name
-            self._take(room, model, needed_bytes, seen.now)
+            self._take(room, device, model, needed_bytes, seen.now)
         seen.pictures.changed(device.name)
 
     def _activate(self, model: Model, want: _Want, device: Device, seen: _Pass) -> None:
@@ -183,36 +209,35 @@ class Activation:
             ready = [r for r in idle if idle_victim_at(r, self._limits, want.urgent) <= seen.now]
             if ready:
                 victim = min(ready, key=lambda r: (r.idle_since, r.model))
-                self._sleep(victim.model, f"{model.name} finds no memory on {device.name}", seen.now)
-        self._lifecycle.wake(model, seen.now, why)
+                self._lifecycle.give_way(
+                    device.residents[victim.model], seen.now, f"{model.name} finds no memory on {device.name}"
+                )
+        self._lifecycle.wake(model.runtime, seen.now, why)
 
-    def _take(self, room: Room, wanting: Model, needed_bytes: int, now: float) -> None:
+    def _take(self, room: Room, device: Device, wanting: Model, needed_bytes: int, now: float) -> None:
         wish = f"{wanting.name} wants {show_size(needed_bytes)}"
         for name in room.sleep:
-            idle_s = now - self._fleet.models[name].runtime.idle_since
-            self._sleep(name, f"idle {idle_s:.0f} s, {wish}", now)
+            idle_s = now - device.residents[name].idle_since
+            self._lifecycle.give_way(device.residents[name], now, f"idle {idle_s:.0f} s, {wish}")
         for name in room.drain:
-            self._turns[name] = wanting.name
-            why = f"{wish} and has waited its time"
-            self._lifecycle.drain(self._fleet.models[name], now, why, keep_weights=True)
-
-    def _sleep(self, name: str, why: str, now: float) -> None:
-        self._lifecycle.drain(self._fleet.models[name], now, why, keep_weights=True)
+            runtime = device.residents[name]
+            if runtime.role is Role.HOME:
+                self._turns[name] = wanting.name
+            self._lifecycle.give_way(runtime, now, f"{wish} and has waited its time")
 
     def _call_off_turns(self, now: float) -> None:
         for victim, wanting in list(self._turns.items()):
-            model = self._fleet.models[victim]
-            if model.runtime.state is not DRAINING or model.runtime.sleep_sent_at is not None:
+            runtime = self._fleet.models[victim].runtime
+            if runtime.state is not DRAINING or runtime.sleep_sent_at is not None:
                 del self._turns[victim]
             elif wanting not in self._wants:
                 del self._turns[victim]
-                self._lifecycle.call_off_drain(model, now)
+                self._lifecycle.call_off_drain(runtime, now)
 
     # ------------------------------------------------------------ memory of others
 
-    def kv_wanted(self, model: Model, now: float) -> None:
+    def kv_wanted(self, runtime: Runtime, now: float) -> None:
         """An engine says that it takes more KV than it gets: one neighbour after the other gives."""
-        runtime = model.runtime
         lasts = runtime.wanted_since is not None and now - runtime.wanted_since > _KV_WANTED_S
         if lasts and runtime.device is not None:
             self._make_kv_room(runtime.device, Shortage(1, waits=True), now)
@@ -232,18 +257,20 @@ class Activation:
             self._make_kv_room(name, self._short[name], now)
 
     def _make_kv_room(self, name: str, shortage: Shortage, now: float) -> None:
-        pictures, device = Pictures(self._fleet, self._table, now), self._fleet.devices[name]
+        device = self._fleet.devices[name]
+        pictures = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s)
         missing_bytes = shortage.missing_bytes - pictures.tally(device).coming_bytes
         victims, look_at = kv_victims(
             missing_bytes, pictures.residents(device), now, self._limits, waits=shortage.waits
         )
         self._kv_look_at = min(self._kv_look_at, look_at)
         for victim in victims:
-            self._sleep(victim.model, f"idle {now - victim.idle_since:.0f} s, {name} wants KV", now)
+            why = f"idle {now - victim.idle_since:.0f} s, {name} wants KV"
+            self._lifecycle.give_way(device.residents[victim.model], now, why)
 
     def _settle_excess(self, device: Device, seen: _Pass) -> None:
         """Facts turned out larger than the files told: idle models give until the account is even."""
-        if any(m.runtime.adopted and not m.runtime.known for m in device.residents.values()):
+        if any(r.adopted and not r.known for r in device.residents.values()):
             return  # charged as if awake until its Hello, so the excess may be none
         room = find_room(
             0,
@@ -256,20 +283,28 @@ class Activation:
         )
         self._look_at = min(self._look_at, room.look_at)
         for name in room.sleep:
-            self._sleep(name, f"{device.name} promised more than it has", seen.now)
+            self._lifecycle.give_way(
+                device.residents[name], seen.now, f"{device.name} promised more than it has"
+            )
         seen.pictures.changed(device.name)
 
     # ------------------------------------------------------------ where
 
     def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
+        if model.runtime.state is ASLEEP and (spare := model.spare) is not None and spare.is_spare:
+            self._wake_where_best(model, spare, seen)
         here = model.runtime.device or want.device
-        if here is not None and here in model.devices:
+        taken = {runtime.device for runtime in model.runtimes}
+        if here is not None and here in model.devices and here not in (taken - {model.runtime.device}):
             device = self._fleet.devices[here]
             if self._fleet.mapped_bytes(model) <= seen.pictures.possible_bytes(device, model):
                 return device
-        elsewhere = [place for place in seen.pictures.places() if place.device != model.runtime.device]
-        choice = placement.choose(demand(model, self._fleet, seen.now), elsewhere)
+        elsewhere = [place for place in seen.pictures.places() if place.device not in taken]
+        its = demand(model, self._fleet, seen.now)
+        choice = placement.choose(its, elsewhere, seen.pictures.kv_unit())
+        if choice.device is None and any(runtime.role is not Role.SPARE for runtime in model.others):
+            return None  # the end of those is a move, which leads here again
         if choice.device is None:
             if here is not None and here == model.runtime.device:
                 most = show_size(max(0, seen.pictures.possible_bytes(self._fleet.devices[here], model)))
@@ -278,10 +313,20 @@ class Activation:
             self._give_up(model, choice.reason, seen.now)
             return None
         if model.runtime.device is not None:
-            self._lifecycle.stop(model, seen.now, f"moves: {choice.reason}")
+            self._lifecycle.stop(model.runtime, seen.now, f"moves: {choice.reason}")
             model.start_wanted = True
             return None
         return self._fleet.devices[choice.device]
+
+    def _wake_where_best(self, model: Model, spare: Runtime, seen: _Pass) -> None:
+        """It sleeps on two devices."""
+        its = demand(model, self._fleet, seen.now)
+        devices = [self._fleet.devices[r.device] for r in (model.runtime, spare) if r.device is not None]
+        choice = placement.choose(its, map(seen.pictures.place, devices), seen.pictures.kv_unit())
+        if choice.device == spare.device:
+            self._fleet.swap_home(spare, choice.reason)
+            for device in devices:
+                seen.pictures.changed(device.name)
 
     def _give_up(self, model: Model, reason: str, now: float) -> None:
         """It would not fit if everybody else slept."""
@@ -292,7 +337,7 @@ class Activation:
         self._desk.refuse_all(model, "no_room", reason, _NO_ROOM_RETRY_S, now)
 
     def kvpr(self, device: Device, now: float) -> float:
-        place = Pictures(self._fleet, self._table, now).place(device)
+        place = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s).place(device)
         return placement.kvpr(place.pressure, place.budget_bytes - place.awake_weights_bytes)
 
     def check(self) -> None:

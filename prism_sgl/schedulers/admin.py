@@ -1,15 +1,17 @@
-"""What operators ask: sleep, wake, load, unload, pin, unpin, drain. Each ask gets one reply.
+"""What operators ask: sleep, wake, load, unload, pin, unpin, drain, move, explain. Each ask gets one reply.
 
 All are idempotent. An operator's sleep is not a ban: the model wakes again on its next request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prism_sgl.messages import AdminReply, AskAdmin
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.lifecycle import Lifecycle
+from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.state import (
     ASLEEP,
@@ -21,6 +23,7 @@ from prism_sgl.schedulers.state import (
     WAKING,
     Fleet,
     Model,
+    Role,
 )
 
 _MOST_ASKS = 64  # a model; more is a script gone wild
@@ -31,15 +34,19 @@ class _Ask:
     api: str
     ask: str
     verb: str
+    device: str
 
 
 class AdminDesk:
     """Owner of the asks that wait for their end, by model."""
 
-    def __init__(self, fleet: Fleet, table: RequestTable, lifecycle: Lifecycle, out: Outbox) -> None:
+    def __init__(
+        self, fleet: Fleet, table: RequestTable, lifecycle: Lifecycle, mover: Mover, out: Outbox
+    ) -> None:
         self._fleet = fleet
         self._table = table
         self._lifecycle = lifecycle
+        self._mover = mover
         self._out = out
         self._waiting: dict[str, list[_Ask]] = {}
 
@@ -51,7 +58,7 @@ class AdminDesk:
         return any(ask.verb in ("wake", "load") for ask in self._waiting.get(model.name, ()))
 
     def ask(self, api: str, message: AskAdmin, now: float) -> None:
-        ask = _Ask(api, message.ask, message.verb)
+        ask = _Ask(api, message.ask, message.verb, message.device)
         model = self._fleet.models.get(message.model)
         if model is None:
             return self._reply(ask, 404, f"no model {message.model}")
@@ -72,6 +79,8 @@ class AdminDesk:
                 refusal = "is stopping" if model.runtime.state is STOPPING else None
             case "unload":
                 refusal = self._unload(model, now)
+            case "move":
+                refusal = self._move(model, message.device, now)
             case _:
                 return self._reply(ask, 400, f"no verb {message.verb}")
         if refusal is not None:
@@ -79,6 +88,14 @@ class AdminDesk:
         self._waiting.setdefault(model.name, []).append(ask)
         self._fleet.touch(model)
         return None
+
+    def answer(self, api: str, message: AskAdmin, text: Callable[[Model], str]) -> None:
+        """An ask that only wants to know something."""
+        ask = _Ask(api, message.ask, message.verb, message.device)
+        if (model := self._fleet.models.get(message.model)) is None:
+            self._reply(ask, 404, f"no model {message.model}")
+        else:
+            self._reply(ask, 200, text(model))
 
     def _sleep(self, model: Model, verb: str, now: float) -> str | None:
         state = model.runtime.state
@@ -90,7 +107,8 @@ class AdminDesk:
             return None  # asleep, on its way there, or without a process: settled by its state
         if verb == "sleep" and (busy := self._busy(model)):
             return f"{busy}; drain it instead"
-        self._lifecycle.drain(model, now, f"an operator asked for {verb}")
+        self._retire_others(model, now, f"an operator asked for {verb}")
+        self._lifecycle.drain(model.runtime, now, f"an operator asked for {verb}")
         return None
 
     def _unload(self, model: Model, now: float) -> str | None:
@@ -100,33 +118,55 @@ class AdminDesk:
         elif model.runtime.state is not STOPPING:
             if busy := self._busy(model):
                 return f"{busy}; drain it first"
-            self._lifecycle.stop(model, now, "an operator unloaded it")
+            for runtime in list(model.others):
+                self._lifecycle.retire(runtime, now, "an operator unloaded it")
+            self._lifecycle.stop(model.runtime, now, "an operator unloaded it")
         return None
 
+    def _move(self, model: Model, device: str, now: float) -> str | None:
+        if device == model.runtime.device or device == self._mover.target(model):
+            return None
+        if model.pinned:
+            return "is pinned; unpin it first"
+        if (refusal := self._mover.refusal(model, device)) is not None:
+            return refusal
+        self._mover.begin(model, device, now, "an operator asked for it")
+        return None
+
+    def _retire_others(self, model: Model, now: float, why: str) -> None:
+        for runtime in list(model.others):
+            if runtime.role in (Role.INCOMING, Role.REPLICA):
+                self._lifecycle.retire(runtime, now, why)
+
     def _busy(self, model: Model) -> str | None:
-        running, queued = self._table.running(model.runtime.id), self._table.queued(model.name)
-        return f"is busy ({len(running)} running, {len(queued)} queued)" if running or queued else None
+        running = sum(len(self._table.running(runtime.id)) for runtime in model.runtimes)
+        queued = len(self._table.queued(model.name))
+        return f"is busy ({running} running, {queued} queued)" if running or queued else None
 
     def settle(self, model: Model) -> None:
         """Reply to those asks whose end the model's state is."""
         if (waiting := self._waiting.get(model.name)) is None:
             return
         for ask in list(waiting):
-            if (end := self._end(ask.verb, model)) is not None:
+            if (end := self._end(ask, model)) is not None:
                 waiting.remove(ask)
                 self._reply(ask, *end)
         if not waiting:
             del self._waiting[model.name]
 
-    def _end(self, verb: str, model: Model) -> tuple[int, str] | None:
-        state = model.runtime.state
+    def _end(self, ask: _Ask, model: Model) -> tuple[int, str] | None:
+        verb, state = ask.verb, model.runtime.state
         says = f"{model.name} is {state}" + (f" ({model.reason})" if model.reason else "")
         if verb in ("sleep", "drain"):
             if state in (ASLEEP, WAKING, COLD, FAILED):  # waking: for the next request, after it has slept
                 return 200, says
             return (409, says) if state is AWAKE else None
+        if verb == "move":
+            if model.runtime.device == ask.device:
+                return 200, f"{says}, on {ask.device}"
+            return None if self._mover.target(model) == ask.device else (409, f"{says}; it did not move")
         if verb == "unload":
-            return (200, says) if state in (COLD, FAILED, STARTING) else None
+            return (200, says) if state in (COLD, FAILED, STARTING) and not model.others else None
         if state is AWAKE or (state is ASLEEP and verb == "load"):
             return 200, says
         # A failure that is already tried again is not the end of this ask.

@@ -4,7 +4,8 @@ The live router and the simulator drive the same Controller; only who supplies `
 seconds) and who carries out the commands differs. Its parts, each owner of one structure: ``Fleet`` (models,
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
 ``Lifecycle`` (dealings with supervisor and runtimes), ``AdminDesk`` (operators' asks), ``Activation`` (who wants to
-be awake, and whose memory makes room).
+be awake, and whose memory makes room), ``Mover`` (models on their way to another device), ``Balancer`` (which of
+them shall move).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
@@ -41,6 +42,7 @@ from prism_sgl.messages import (
 from prism_sgl.schedulers import status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.admin import AdminDesk
+from prism_sgl.schedulers.balancer import Balancer
 from prism_sgl.schedulers.events import (
     Command,
     Event,
@@ -55,9 +57,10 @@ from prism_sgl.schedulers.events import (
 )
 from prism_sgl.schedulers.grants import Granter
 from prism_sgl.schedulers.lifecycle import Lifecycle
+from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.state import AWAKE, Fleet
+from prism_sgl.schedulers.state import Fleet
 
 __all__ = [
     "Command",
@@ -85,10 +88,15 @@ class Controller:
         self._table = RequestTable(config.server.activation_timeout_s)
         self._granter = Granter(config.scheduler, self._fleet, self._table, self._out)
         self._desk = RequestDesk(config, epoch, self._fleet, self._table, self._granter, self._out)
-        self._lifecycle = Lifecycle(epoch, self._fleet, self._table, self._desk, self._out)
-        self._admin = AdminDesk(self._fleet, self._table, self._lifecycle, self._out)
+        drain_timeout_s = config.scheduler.move_drain_s
+        self._lifecycle = Lifecycle(drain_timeout_s, epoch, self._fleet, self._table, self._desk, self._out)
+        self._mover = Mover(config.scheduler, self._fleet, self._lifecycle)
+        self._admin = AdminDesk(self._fleet, self._table, self._lifecycle, self._mover, self._out)
         self._activation = Activation(
-            config, self._fleet, self._table, self._desk, self._lifecycle, self._admin
+            config, self._fleet, self._table, self._desk, self._lifecycle, self._admin, self._mover
+        )
+        self._balancer = Balancer(
+            config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
         )
         self._sweep_at = -math.inf
 
@@ -118,18 +126,21 @@ class Controller:
     def next_tick(self, now: float) -> float | None:
         """Seconds until it must be called again though nothing happens; None if nothing is pending."""
         at = self._activation.next_at
-        if self._table or self._admin or not self._lifecycle.supervisor_known:
+        if self._lifecycle.supervisor_known:
+            at = min(at, self._balancer.next_at)
+        if self._table or self._admin or self._fleet.leaving or not self._lifecycle.supervisor_known:
             at = min(at, self._sweep_at)
         return None if at == math.inf else max(0.0, at - now)
 
     def status(self, now: float) -> Status:
-        return status.build(self.epoch, self._fleet, self._table, self._activation, now)
+        return status.build(self.epoch, self._fleet, self._table, self._activation, self._balancer, now)
 
     def check(self) -> None:
         """Assert every invariant."""
         self._fleet.check()
         self._table.check()
         self._admin.check()
+        self._mover.check()
         if self._lifecycle.supervisor_known:
             self._activation.check()
         assert not self._fleet.changed, "every change is settled before the event is over"
@@ -145,15 +156,18 @@ class Controller:
             case Submit():
                 if known:
                     self._desk.submit(api, message, now)
+                    self._balancer.asked()
             case Abandon():
                 self._desk.abandon(message, now)
+            case AskAdmin(verb="explain"):
+                self._admin.answer(api, message, lambda model: self._balancer.explain(model, now))
             case AskAdmin():
                 self._admin.ask(api, message, now)
             case ApiBeat():
                 pass
 
     def _from_runtime(self, message: RuntimeToRouter, now: float) -> None:
-        model = self._lifecycle.find(message, now)
+        runtime = self._lifecycle.find(message, now)
         match message:
             case Started():
                 self._desk.started(message, now)
@@ -161,22 +175,22 @@ class Controller:
                 self._desk.first_token(message, now)
             case Finished():
                 self._desk.finished(message, now)
-        if model is None:
+        if runtime is None:
             return
         match message:
             case Hello():
-                self._lifecycle.hello(model, message, now)
+                self._lifecycle.hello(runtime, message, now)
             case Slept():
-                self._lifecycle.slept(model, message, now)
+                self._lifecycle.slept(runtime, message, now)
             case SleepRefused():
-                self._lifecycle.sleep_refused(model, message, now)
+                self._lifecycle.sleep_refused(runtime, message, now)
             case Woke():
-                self._lifecycle.woke(model, message, now)
+                self._lifecycle.woke(runtime, message, now)
             case WakeFailed():
-                self._lifecycle.wake_failed(model, message, now)
+                self._lifecycle.wake_failed(runtime, message, now)
             case Load():
-                self._lifecycle.load(model, message, now)
-                self._activation.kv_wanted(model, now)
+                self._lifecycle.load(runtime, message, now)
+                self._activation.kv_wanted(runtime, now)
 
     def _from_supervisor(self, message: SupervisorToRouter, now: float) -> None:
         match message:
@@ -195,20 +209,24 @@ class Controller:
             if not self._lifecycle.supervisor_known:
                 self._lifecycle.ask_supervisor(now)
             self._desk.sweep(now)
+            self._lifecycle.end_leavers(now)
             for api in self._desk.forget_silent(now):
                 self._admin.forget_api(api)
+        if self._lifecycle.supervisor_known:
+            self._balancer.run(now)
         while True:
             while self._fleet.changed:
                 name = next(iter(self._fleet.changed))
                 del self._fleet.changed[name]
                 model = self._fleet.models[name]
-                self._lifecycle.sleep_if_drained(model, now)
+                self._mover.settle(model, now)
+                self._lifecycle.settle(model, now)
                 self._admin.settle(model)
                 self._activation.consider(model, now)
-                if model.runtime.state is AWAKE:
-                    self._granter.changed(model)
-                else:  # it may have given memory that a request waits for
-                    self._granter.freed(model.runtime.device)
+                self._granter.changed(model)
+                for runtime in model.runtimes:
+                    if not runtime.serves:  # it may have given memory that a request waits for
+                        self._granter.freed(runtime.device)
             self._activation.run(now)
             if self._fleet.changed:
                 continue

@@ -18,7 +18,7 @@ from prism_sgl.messages import Due, Grant
 from prism_sgl.schedulers import dispatch
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Phase, Request
+from prism_sgl.schedulers.state import Device, Fleet, Model, Phase, Request, Runtime
 
 # Two more than the engine runs at once: the next ones are there when one ends, the rest stay here, where they
 # can still be ordered, abandoned, or kept for a model that takes turns.
@@ -38,7 +38,8 @@ _ORDER_INTERVAL_S_PER_REQUEST = 50e-6
 class _Order:
     """The last order of a device, split by model so that one with a full window costs nothing."""
 
-    by_model: dict[str, deque[Request]] = field(default_factory=dict)
+    # With the place in the order: a request of a model with replicas has another one on each of its devices.
+    by_model: dict[str, deque[tuple[int, Request]]] = field(default_factory=dict)
     made_at: float = 0.0
     size: int = 0
     stale: bool = True
@@ -74,9 +75,10 @@ class Granter:
 
     def changed(self, model: Model) -> None:
         """A request was queued, or the model woke: the order of its device is no longer right."""
-        if model.runtime.state is AWAKE and model.runtime.device is not None:
-            self._orders[model.runtime.device].stale = True
-            self._open[model.runtime.device] = None
+        for runtime in model.serving:
+            assert runtime.device is not None
+            self._orders[runtime.device].stale = True
+            self._open[runtime.device] = None
 
     def freed(self, device: str | None) -> None:
         """A first token is out, a request is over or a neighbour asleep: there may be room."""
@@ -97,7 +99,7 @@ class Granter:
 
     def _grant_all(self, device: Device, now: float) -> None:
         while (request := self._next(device, now)) is not None:
-            self._grant(self._fleet.models[request.model], request, now)
+            self._grant(device.residents[request.model], request, now)
         waits = self._orders[device.name].held_back
         missing_bytes = max(self._missing_bytes(device), 1 if waits else 0)
         self._shortages[device.name] = Shortage(missing_bytes, waits)
@@ -105,16 +107,16 @@ class Granter:
     def _missing_bytes(self, device: Device) -> int:
         """Of what those in flight may take at their height, the part that neither floors nor free memory give."""
         wanted_bytes = sum(
-            self._over_floor_bytes(model, _HEIGHT)
-            for model in device.residents.values()
-            if model.runtime.mapped
+            self._over_floor_bytes(runtime, _HEIGHT)
+            for runtime in device.residents.values()
+            if runtime.mapped
         )
         return wanted_bytes - max(0, device.free_bytes) if wanted_bytes else 0
 
-    def _over_floor_bytes(self, model: Model, height: float) -> int:
-        if (facts := model.facts) is None:
+    def _over_floor_bytes(self, runtime: Runtime, height: float) -> int:
+        if (facts := runtime.model.facts) is None:
             return 0
-        tokens = self._table.kv_tokens(model.runtime.id) * height
+        tokens = self._table.kv_tokens(runtime.id) * height
         return max(0, round(tokens * facts.kv_bytes_per_token) - facts.floor_bytes)
 
     def _next(self, device: Device, now: float) -> Request | None:
@@ -124,8 +126,8 @@ class Granter:
             and self._table.tokens_us(device.name) >= WINDOW_US
         )
         if full and not any(
-            self._table.queued(name) and self._has_no_prefill(model)
-            for name, model in device.residents.items()
+            self._table.queued(name) and self._has_no_prefill(runtime)
+            for name, runtime in device.residents.items()
         ):
             return None
         order = self._orders[device.name]
@@ -136,47 +138,62 @@ class Granter:
         ):
             self._make(device, order, now)
         order.held_back = False
-        best: Request | None = None
+        best: tuple[int, Request] | None = None
         for name, requests in order.by_model.items():
-            while requests and requests[0].phase is not Phase.QUEUED:
+            while requests and requests[0][1].phase is not Phase.QUEUED:
                 requests.popleft()
-            if not requests or not _before(requests[0], best):
+            if not requests or (best is not None and best[0] < requests[0][0]):
                 continue
-            model = self._fleet.models[name]
-            if full and not self._has_no_prefill(model):
+            runtime = device.residents.get(name)
+            if runtime is None or (full and not self._has_no_prefill(runtime)):
                 continue
-            if not self._is_open(model, device):
+            if not self._is_open(runtime):
                 continue
-            if self._fits(model, requests[0], device):
-                best = requests[0]
-            else:
+            request = requests[0][1]
+            if not self._fits(runtime, request, device):
                 order.held_back = True
+            elif not runtime.model.others or not self._is_better_elsewhere(runtime, request):
+                best = requests[0]
         if best is None and order.stale and order.size:
             # What is left in the order cannot run; what came after it may.
             self._make(device, order, now)
             return self._next(device, now)
-        return best
+        return None if best is None else best[1]
 
-    def _has_no_prefill(self, model: Model) -> bool:
-        return model.runtime.id is not None and not self._table.needed_us(model.runtime.id)
+    def _is_better_elsewhere(self, runtime: Runtime, request: Request) -> bool:
+        """Another runtime of the model has less to do, and may take this request at once."""
+        num_running = len(self._table.running(runtime.id))
+        for other in runtime.model.serving:
+            device = self._fleet.devices[other.device or ""]
+            if (
+                len(self._table.running(other.id)) < num_running
+                and self._is_open(other)
+                and self._has_no_prefill(other)
+                and self._fits(other, request, device)
+            ):
+                self._open[device.name] = None
+                return True
+        return False
 
-    def _is_open(self, model: Model, device: Device) -> bool:
-        runtime, facts = model.runtime, model.facts
+    def _has_no_prefill(self, runtime: Runtime) -> bool:
+        return runtime.id is not None and not self._table.needed_us(runtime.id)
+
+    def _is_open(self, runtime: Runtime) -> bool:
+        facts = runtime.model.facts
         return (
-            runtime.state is AWAKE
-            and runtime.device == device.name
+            runtime.serves
             and facts is not None
             and len(self._table.running(runtime.id)) < facts.max_running_requests + WINDOW_EXTRA
         )
 
-    def _fits(self, model: Model, request: Request, device: Device) -> bool:
+    def _fits(self, runtime: Runtime, request: Request, device: Device) -> bool:
         """The runtime's KV holds it to its end: the floor, and what nobody was promised or is expected to take."""
-        runtime, facts = model.runtime, model.facts
+        facts = runtime.model.facts
         if facts is None or not self._table.running(runtime.id):
             return True
         room_bytes = facts.floor_bytes + max(0, device.free_bytes)
         for other in device.residents.values():
-            if other is not model and other.runtime.mapped:
+            if other is not runtime and other.mapped:
                 room_bytes -= self._over_floor_bytes(other, 1.0)
         room_bytes = max(facts.floor_bytes, min(room_bytes, facts.ceiling_bytes))
         tokens = self._table.kv_tokens(runtime.id) + request.kv_tokens
@@ -187,7 +204,7 @@ class Granter:
         waiting = [
             request
             for name in self._table.queued_models()
-            if models[name].runtime.state is AWAKE and models[name].runtime.device == device.name
+            if (runtime := device.residents.get(name)) is not None and runtime.serves
             for request in queued(name).values()
         ]
         ordered = dispatch.order(
@@ -199,12 +216,11 @@ class Granter:
         )
         order.by_model = {}
         for rank, request in enumerate(ordered):
-            request.rank = rank
-            order.by_model.setdefault(request.model, deque()).append(request)
+            order.by_model.setdefault(request.model, deque()).append((rank, request))
         order.made_at, order.size, order.stale = now, len(ordered), False
 
-    def _grant(self, model: Model, request: Request, now: float) -> None:
-        runtime = model.runtime
+    def _grant(self, runtime: Runtime, request: Request, now: float) -> None:
+        model = runtime.model
         assert runtime.id is not None
         assert runtime.device is not None
         order = self._orders[runtime.device]
@@ -257,7 +273,3 @@ def _due(request: Request, model: Model, now: float) -> Due:
         priority=request.priority,
         needed_s=model.latency.estimate_s(request.prompt_tokens),
     )
-
-
-def _before(request: Request, other: Request | None) -> bool:
-    return other is None or request.rank < other.rank

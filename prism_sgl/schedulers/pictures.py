@@ -5,63 +5,109 @@ One pass may look at hundreds of wants, so a device is looked at once, and again
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.memory_plan import Resident, Tally
 from prism_sgl.schedulers.placement import Demand, Place
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model
+from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model, Role, Runtime
 
 
-def is_busy(model: Model, table: RequestTable) -> bool:
-    return bool(table.queued(model.name) or table.running(model.runtime.id))
+def is_busy(runtime: Runtime, table: RequestTable) -> bool:
+    return bool(table.queued(runtime.model.name) or table.running(runtime.id))
+
+
+def _kv_bytes_per_token(model: Model) -> int:
+    facts = model.facts
+    return facts.kv_bytes_per_token if facts is not None else model.config.kv_bytes_per_token
+
+
+def _held_bytes(model: Model, now: float) -> float:
+    """KV that it would hold with nobody beside it, and no ceiling."""
+    tokens = model.load.held_tokens(model.answers.typical, model.config.slo.tpot_s, now)
+    return tokens * _kv_bytes_per_token(model)
 
 
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
     facts, config = model.facts, model.config
-    kv_bytes = facts.kv_bytes_per_token if facts is not None else config.kv_bytes_per_token
+    kv_bytes = _kv_bytes_per_token(model)
+    pressure = placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s)
+    # It presses a device with no more than it would get there.
+    if facts is not None and (held := _held_bytes(model, now)) > facts.ceiling_bytes:
+        pressure *= facts.ceiling_bytes / held
     return Demand(
         model=model.name,
         weights_bytes=fleet.weights_bytes(model),
         needed_bytes=fleet.mapped_bytes(model),
-        pressure=placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s),
+        pressure=pressure,
         devices=model.devices,
+        compute=model.load.compute(model.latency, config.slo.tpot_s, now),
     )
 
 
 class Pictures:
     """Owner of the pictures of one pass. Tallies live for the whole pass: they hold its claims."""
 
-    def __init__(self, fleet: Fleet, table: RequestTable, now: float) -> None:
+    def __init__(self, fleet: Fleet, table: RequestTable, now: float, sleep_after_s: float) -> None:
         self._fleet = fleet
         self._table = table
         self._now = now
+        self._sleep_after_s = sleep_after_s
         self._residents: dict[str, list[Resident]] = {}
         self._places: dict[str, Place] = {}
         self._tallies: dict[str, Tally] = {}
         self._possible_bytes: dict[str, int] = {}
+        self._kv_unit: float | None = None
 
     def changed(self, device: str) -> None:
         self._residents.pop(device, None)
         self._places.pop(device, None)
         self._possible_bytes.pop(device, None)
 
+    def kv_unit(self) -> float:
+        """What makes of KVPRs parts of memory: bytes held over what they are called in KVPR's unit, of all models."""
+        if self._kv_unit is None:
+            models = self._fleet.models.values()
+            held = math.fsum(_held_bytes(model, self._now) for model in models)
+            asked = math.fsum(
+                placement.pressure(
+                    model.rate.per_s(self._now), _kv_bytes_per_token(model), model.config.slo.tpot_s
+                )
+                for model in models
+            )
+            self._kv_unit = held / asked if asked > 0 else 0.0
+        return self._kv_unit
+
+    def share(self, model: Model) -> Demand:
+        """What each of its runtimes carries."""
+        whole = demand(model, self._fleet, self._now)
+        count = 1 + sum(runtime.role is Role.REPLICA for runtime in model.others)
+        return replace(whole, pressure=whole.pressure / count, compute=whole.compute / count)
+
     def residents(self, device: Device) -> list[Resident]:
-        """The models that are awake there."""
+        """The models that are awake there, and the spares that sleep there."""
         if (known := self._residents.get(device.name)) is not None:
             return known
         residents = [
             Resident(
-                model=model.name,
-                gives_bytes=model.runtime.charged_bytes - self._fleet.asleep_bytes(model),
-                pinned=model.pinned,
-                busy=is_busy(model, self._table),
-                served=model.runtime.served,
-                priority=model.config.priority,
-                awake_since=model.runtime.awake_since,
-                idle_since=model.runtime.idle_since,
+                model=runtime.model.name,
+                gives_bytes=runtime.charged_bytes - self._kept_asleep_bytes(runtime),
+                pinned=runtime.model.pinned and runtime.role is Role.HOME,
+                busy=is_busy(runtime, self._table),
+                served=runtime.served,
+                priority=runtime.model.config.priority,
+                awake_since=runtime.awake_since,
+                idle_since=runtime.idle_since,
             )
-            for model in device.residents.values()
-            if model.runtime.state is AWAKE
+            for runtime in device.residents.values()
+            if runtime.state is AWAKE
+        ]
+        residents += [
+            self._spare(runtime)
+            for runtime in device.residents.values()
+            if runtime.is_spare and runtime.charged_bytes > 0
         ]
         self._residents[device.name] = residents
         return residents
@@ -70,18 +116,19 @@ class Pictures:
         if (known := self._tallies.get(device.name)) is not None:
             return known
         coming = 0
-        for model in device.residents.values():
-            if model.runtime.state is STOPPING:
-                coming += model.runtime.charged_bytes
-            elif model.runtime.state is DRAINING:
-                coming += model.runtime.charged_bytes - self._fleet.asleep_bytes(model)
+        for runtime in device.residents.values():
+            if runtime.state is STOPPING:
+                coming += runtime.charged_bytes
+            elif runtime.state is DRAINING:
+                coming += runtime.charged_bytes - self._kept_asleep_bytes(runtime)
         return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
 
     def place(self, device: Device) -> Place:
         if (known := self._places.get(device.name)) is not None:
             return known
-        models = list(device.residents.values())
-        mapped = [model for model in models if model.runtime.mapped]
+        models = [runtime.model for runtime in device.residents.values()]
+        mapped = [runtime.model for runtime in device.residents.values() if runtime.mapped]
+        shares = [self.share(model) for model in mapped]
         place = Place(
             device=device.name,
             budget_bytes=device.budget_bytes,
@@ -92,7 +139,8 @@ class Pictures:
             possible_bytes=self._possible(device),
             awake_weights_bytes=sum(map(self._fleet.weights_bytes, mapped)),
             home_weights_bytes=sum(map(self._fleet.weights_bytes, models)),
-            pressure=sum(demand(model, self._fleet, self._now).pressure for model in mapped),
+            pressure=math.fsum(share.pressure for share in shares),
+            compute=math.fsum(share.compute for share in shares),
         )
         self._places[device.name] = place
         return place
@@ -102,8 +150,8 @@ class Pictures:
 
     def possible_bytes(self, device: Device, model: Model) -> int:
         """What this model could have there if all but the pinned ones slept."""
-        own = self._kept_bytes(model) if model.runtime.device == device.name else 0
-        return self._possible(device) + own
+        own = device.residents.get(model.name)
+        return self._possible(device) + (0 if own is None else self._kept_bytes(own))
 
     def _possible(self, device: Device) -> int:
         if (known := self._possible_bytes.get(device.name)) is None:
@@ -111,7 +159,26 @@ class Pictures:
             self._possible_bytes[device.name] = known
         return known
 
-    def _kept_bytes(self, model: Model) -> int:
-        if model.pinned and model.runtime.mapped:
-            return model.runtime.charged_bytes
-        return self._fleet.asleep_bytes(model)
+    def _kept_bytes(self, runtime: Runtime) -> int:
+        """What it has whoever wants memory."""
+        if runtime.model.pinned and runtime.mapped and runtime.role in (Role.HOME, Role.INCOMING):
+            return runtime.charged_bytes
+        return self._fleet.asleep_bytes(runtime.model) if runtime.role is Role.HOME else 0
+
+    def _kept_asleep_bytes(self, runtime: Runtime) -> int:
+        """Its part of the memory that is not given back by sleep. Only a home and a spare sleep, others are stopped."""
+        sleeps = runtime.role in (Role.HOME, Role.SPARE) or runtime.keeps
+        return self._fleet.asleep_bytes(runtime.model) if sleeps else 0
+
+    def _spare(self, runtime: Runtime) -> Resident:
+        """A sleeping spare, as a victim: stopped when what idle models give is not enough."""
+        return Resident(
+            model=runtime.model.name,
+            gives_bytes=runtime.charged_bytes,
+            pinned=False,
+            busy=False,
+            served=True,
+            priority=runtime.model.config.priority,
+            awake_since=-math.inf,
+            idle_since=self._now - self._sleep_after_s - 0.001,
+        )

@@ -22,7 +22,7 @@ from prism_sgl.schedulers.dispatch import TIERS
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.grants import Granter
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import FAILED, Fleet, Model, Phase, Request
+from prism_sgl.schedulers.state import FAILED, Fleet, Model, Phase, Request, Runtime
 
 # api_servers beat once a second; half a minute is longer than any pause of a machine that is not lost.
 _API_SILENT_S = 30.0
@@ -156,6 +156,8 @@ class RequestDesk:
             self._table.remember_end(message.request, message.attempt)
             self._out.api(api, refusal)
             return
+        if message.attempt == 1:
+            model.load.ask(message.prompt_tokens, now)
         arrival = now - max(0.0, message.waited_s)
         tier = TIERS.get(message.service_tier, TIERS["default"])
         ttft_s = message.ttft_s if message.ttft_s is not None else model.config.slo.ttft_s * tier.ttft_factor
@@ -203,6 +205,7 @@ class RequestDesk:
         request = self._find(message)
         if request is None or request.phase is Phase.ANSWERING:
             return
+        request.ttft_s = message.ttft_s
         if request.prompt_tokens > 0:
             latency = self._fleet.models[request.model].latency
             # The engine worked on those before it meanwhile; of all that time it is charged its own share.
@@ -223,6 +226,7 @@ class RequestDesk:
         model.rate.add(message.completion_tokens, now)
         if message.outcome == "ok" and message.completion_tokens > 0:
             model.answers.observe(message.completion_tokens)
+            self._learn_load(request, message)
         tokens = model.latency.uncached_tokens(request.prompt_tokens)
         if message.prompt_tokens > 0:
             model.latency.observe_hits(message.prompt_tokens, message.cached_tokens)
@@ -236,6 +240,19 @@ class RequestDesk:
             request.prefill_s = None
             self._fleet.models[request.model].latency.observe(computed_tokens, prefill_s)
 
+    def _learn_load(self, request: Request, message: Finished) -> None:
+        device = self._fleet.devices.get(request.device or "")
+        if device is None or request.prompt_tokens <= 0:
+            return  # of an earlier router: when it began is not known
+        sharers = sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
+        self._fleet.models[request.model].load.answered(
+            message.total_s,
+            request.ttft_s,
+            (message.prompt_tokens or request.prompt_tokens) + message.completion_tokens,
+            message.completion_tokens,
+            sharers,
+        )
+
     def _find(self, message: Started | FirstToken | Finished) -> Request | None:
         request = self._table.get(message.request)
         if request is None or request.attempt != message.attempt or request.runtime != message.runtime:
@@ -248,8 +265,8 @@ class RequestDesk:
         if remember:
             self._table.remember_end(request.id, request.attempt)
         self._granter.freed(request.device)
-        runtime = model.runtime
-        if request.runtime == runtime.id and not self._table.running(runtime.id):
+        runtime = self._fleet.by_id(request.runtime)
+        if runtime is not None and not self._table.running(runtime.id):
             runtime.idle_since = now
         self._fleet.touch(model)
 
@@ -279,10 +296,10 @@ class RequestDesk:
             if self._fleet.by_id(runtime) is None:
                 self.lose(runtime, f"{runtime} is gone", now)
 
-    def reconcile(self, model: Model, now: float) -> None:
+    def reconcile(self, runtime: Runtime, now: float) -> None:
         """The runtime says that it has nothing in flight. A Finished that a dying router took with it is made up
         for here; younger requests may be on their way from the api_server."""
-        for request in list(self._table.running(model.runtime.id).values()):
+        for request in list(self._table.running(runtime.id).values()):
             if request.phase is not Phase.GRANTED and now - request.since > _RECONCILE_S:
                 self._over(request, now)
 

@@ -18,6 +18,7 @@ from prism_sgl.config_checks import allowed_devices, least_bytes
 from prism_sgl.errors import IllegalMoveError
 from prism_sgl.messages import RequestId, RuntimeFacts, RuntimeId, RuntimeState
 from prism_sgl.schedulers.latency import AnswerLength, LatencyEstimate, TokenRate
+from prism_sgl.schedulers.load import LoadEstimate
 
 COLD, STARTING, AWAKE = RuntimeState.COLD, RuntimeState.STARTING, RuntimeState.AWAKE
 DRAINING, ASLEEP, WAKING = RuntimeState.DRAINING, RuntimeState.ASLEEP, RuntimeState.WAKING
@@ -41,6 +42,19 @@ _NO_PROCESS = frozenset({COLD, FAILED})
 # A dead runtime's last messages may come after the news of its death; ids are never used again.
 _REMEMBERED_EXITS = 1024
 _REMEMBERED_EVENTS = 50
+
+
+class Role(enum.Enum):
+    """What a runtime is to its model."""
+
+    HOME = "home"  # takes grants; its state is what people call the model's state
+    REPLICA = "replica"  # takes grants beside the home
+    INCOMING = "incoming"  # target of a move: the home as soon as it is awake
+    SPARE = "spare"  # sleeps on another device than the home, so that a move or a wake there takes no start
+    LEAVING = "leaving"  # source of a move, or no longer needed: answers what it has, then it is stopped
+
+
+_SERVING = frozenset({Role.HOME, Role.REPLICA})
 
 
 class Phase(enum.IntEnum):
@@ -71,19 +85,21 @@ class Request:
     runtime: RuntimeId | None = None
     device: str | None = None
     since: float = 0.0  # of its phase
-    rank: int = 0  # place in the device's order of dispatch
     kv_tokens: int = 0  # prompt and half of the expected answer: what it holds on average
     # From its grant on. Whole microseconds, so that sums over many do not drift.
     needed_us: int = 0  # its prefill, as estimated then
     tokens_us: int = 0  # of that, what its tokens take: all that it adds to a pass that runs anyway
     ahead_us: int = 0  # what its runtime had to prefill before it
     prefill_s: float | None = None  # measured, and not yet told to the model's estimate
+    ttft_s: float = 0.0  # from when its runtime took it up
 
 
 @dataclass(slots=True, eq=False)
 class Runtime:
-    """The one runtime of a model. The record outlives the process: ``id`` changes with each start."""
+    """A runtime of a model. That of the home is there without a process too, cold or failed."""
 
+    model: Model
+    role: Role = Role.HOME
     state: RuntimeState = COLD
     id: RuntimeId | None = None
     device: str | None = None
@@ -91,6 +107,7 @@ class Runtime:
     mapped: bool = False  # holds weights and KV, or may do so at any moment
     known: bool = False  # has said Hello to this controller
     adopted: bool = False  # started by an earlier router: its state is what its Hello says
+    keeps: bool = False  # leaves to become the spare
     served: bool = False  # has ever been granted a request
     since: float = 0.0  # of this state
     awake_since: float = 0.0
@@ -104,20 +121,35 @@ class Runtime:
     weights_bytes: int = 0
     kv_bytes: int = 0
 
+    @property
+    def serves(self) -> bool:
+        """Takes grants now."""
+        return self.state is AWAKE and self.role in _SERVING
+
+    @property
+    def is_spare(self) -> bool:
+        """Sleeps, and may be woken where it is."""
+        return self.state is ASLEEP and self.role is Role.SPARE
+
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """One configured model, what was learned of it, and its runtime."""
+    """One configured model, what was learned of it, and its runtimes.
+
+    ``runtime`` is its home. ``others`` are on other devices and have a process, each with a role of its own.
+    """
 
     name: str
     config: ModelConfig
     pinned: bool
     devices: tuple[str, ...]
-    runtime: Runtime = field(default_factory=Runtime)
+    runtime: Runtime = field(init=False)
+    others: list[Runtime] = field(default_factory=list)
     facts: RuntimeFacts | None = None
     latency: LatencyEstimate = field(default_factory=LatencyEstimate)
     answers: AnswerLength = field(default_factory=AnswerLength)
     rate: TokenRate = field(default_factory=TokenRate)
+    load: LoadEstimate = field(default_factory=LoadEstimate)
     reason: str = ""
     failure: str = ""  # why it cannot load; requests are refused while this is set and it is failed
     start_wanted: bool = False  # shall be up though no request waits: preload, restart
@@ -130,8 +162,32 @@ class Model:
     wakes: int = 0
     sleeps: int = 0
     starts: int = 0
+    moves: int = 0
     last_wake_s: float = 0.0
     last_sleep_s: float = 0.0
+    last_start_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.runtime = Runtime(self)
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [self.runtime, *self.others]
+
+    @property
+    def incoming(self) -> Runtime | None:
+        return next((runtime for runtime in self.others if runtime.role is Role.INCOMING), None)
+
+    @property
+    def spare(self) -> Runtime | None:
+        return next((runtime for runtime in self.others if runtime.role is Role.SPARE), None)
+
+    @property
+    def serving(self) -> list[Runtime]:
+        """The runtimes that take grants now."""
+        if not self.others:
+            return [self.runtime] if self.runtime.state is AWAKE else []
+        return [runtime for runtime in self.runtimes if runtime.serves]
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +195,7 @@ class Device:
     name: str
     budget_bytes: int
     charged_bytes: int = 0
-    residents: dict[str, Model] = field(default_factory=dict)
+    residents: dict[str, Runtime] = field(default_factory=dict)  # by model
 
     @property
     def free_bytes(self) -> int:
@@ -152,7 +208,8 @@ class Fleet:
 
     Invariants: a runtime has an id and a device exactly while it may have a process; the charge of a device is
     the sum of its residents' charges; every state was reached by legal moves, except that of an adopted runtime,
-    which its Hello tells.
+    which its Hello tells. A model has one home, one incoming runtime at most, and never two runtimes on a device;
+    what is not its home has a process.
     """
 
     def __init__(self, config: Config) -> None:
@@ -164,17 +221,19 @@ class Fleet:
         }
         for model in self.models.values():
             model.rate = TokenRate(config.scheduler.window_s)
-        self._by_id: dict[RuntimeId, Model] = {}
+            model.load = LoadEstimate(config.scheduler.window_s)
+        self._by_id: dict[RuntimeId, Runtime] = {}
         self._exited: OrderedDict[RuntimeId, None] = OrderedDict()
         self.events: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)
+        self.leaving: dict[RuntimeId, Runtime] = {}
         self.changed: dict[str, None] = {}  # models to be looked at again, in order
         self.num_moves = 0
         self.num_starting = 0
 
     # ------------------------------------------------------------ reading
 
-    def by_id(self, runtime: RuntimeId) -> Model | None:
-        return self._by_id.get(runtime)
+    def by_id(self, runtime: RuntimeId | None) -> Runtime | None:
+        return None if runtime is None else self._by_id.get(runtime)
 
     def has_exited(self, runtime: RuntimeId) -> bool:
         return runtime in self._exited
@@ -199,7 +258,7 @@ class Fleet:
     def weights_bytes(self, model: Model) -> int:
         return model.facts.weights_bytes if model.facts is not None else model.config.weights_bytes
 
-    # ------------------------------------------------------------ moves
+    # ------------------------------------------------------------ moves between states
 
     def touch(self, model: Model) -> None:
         """Something that others decide by has changed: look at this model before the event is over."""
@@ -208,62 +267,122 @@ class Fleet:
     def note(self, line: str) -> None:
         self.events.append(line)
 
-    def move(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
-        runtime = model.runtime
+    def move(self, runtime: Runtime, state: RuntimeState, now: float, why: str) -> None:
         if state not in LEGAL_MOVES[runtime.state]:
-            raise IllegalMoveError(f"{runtime.id or model.name} cannot go from {runtime.state} to {state}")
-        self._enter(model, state, now, why)
+            name = runtime.id or runtime.model.name
+            raise IllegalMoveError(f"{name} cannot go from {runtime.state} to {state}")
+        self._enter(runtime, state, now, why)
 
-    def start(self, model: Model, device: Device, runtime: RuntimeId, now: float, why: str) -> None:
+    def start(
+        self, model: Model, device: Device, runtime_id: RuntimeId, now: float, why: str, role: Role
+    ) -> None:
         """A process is about to be started for it."""
         assert self.mapped_bytes(model) <= device.free_bytes, "a start needs its room first"
-        self._place(model, device, runtime)
-        self.move(model, STARTING, now, why)
+        runtime = self._place(model, device, runtime_id, role)
+        self.move(runtime, STARTING, now, why)
         model.starts += 1
 
-    def adopt(self, model: Model, device: Device, runtime: RuntimeId, now: float) -> None:
+    def adopt(self, model: Model, device: Device, runtime_id: RuntimeId, now: float, role: Role) -> None:
         """A process of an earlier router: starting for all that we know, until its Hello tells more."""
-        self._place(model, device, runtime)
-        model.runtime.adopted = True
-        self.move(model, STARTING, now, "was there before this router")
+        runtime = self._place(model, device, runtime_id, role)
+        runtime.adopted = True
+        self.move(runtime, STARTING, now, "was there before this router")
 
-    def told(self, model: Model, state: RuntimeState, now: float) -> None:
+    def told(self, runtime: Runtime, state: RuntimeState, now: float) -> None:
         """An adopted runtime says what it is. Not a move: it was there all the time."""
-        assert model.runtime.adopted
-        assert not model.runtime.known
-        model.runtime.served = True  # it may have; better to keep it a while than to send it to sleep at once
-        self._enter(model, state, now, "told a new router")
+        assert runtime.adopted
+        assert not runtime.known
+        runtime.served = True  # it may have; better to keep it a while than to send it to sleep at once
+        self._enter(runtime, state, now, "told a new router")
 
     def learn(self, model: Model, facts: RuntimeFacts) -> None:
         model.facts = facts
-        self._charge(model)
+        for runtime in model.runtimes:
+            self._charge(runtime)
 
-    def exited(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
+    def exited(self, runtime: Runtime, state: RuntimeState, now: float, why: str) -> None:
         """Its process is gone: COLD if that was wanted, else FAILED."""
-        runtime = model.runtime
+        model = runtime.model
         assert runtime.id is not None
         assert runtime.device is not None
         if state is COLD and runtime.state is not STOPPING:
-            self.move(model, STOPPING, now, why)
-        self.move(model, state, now, why)
+            self.move(runtime, STOPPING, now, why)
+        self.move(runtime, state, now, why)
         del self._by_id[runtime.id]
+        self.leaving.pop(runtime.id, None)
         del self.devices[runtime.device].residents[model.name]
         self.remember_exit(runtime.id)
-        model.runtime = Runtime(state=runtime.state, since=now, idle_since=now)
+        if runtime is model.runtime:
+            model.runtime = Runtime(model, state=runtime.state, since=now, idle_since=now)
+        else:
+            model.others.remove(runtime)
 
     def remember_exit(self, runtime: RuntimeId) -> None:
         self._exited[runtime] = None
         while len(self._exited) > _REMEMBERED_EXITS:
             self._exited.popitem(last=False)
 
-    def _place(self, model: Model, device: Device, runtime: RuntimeId) -> None:
-        assert model.runtime.state in _NO_PROCESS, "a model has one runtime at most"
-        model.runtime = Runtime(state=model.runtime.state, id=runtime, device=device.name)
-        device.residents[model.name] = model
-        self._by_id[runtime] = model
+    # ------------------------------------------------------------ roles
 
-    def _enter(self, model: Model, state: RuntimeState, now: float, why: str) -> None:
-        runtime, old = model.runtime, model.runtime.state
+    def make_home(self, runtime: Runtime, why: str) -> None:
+        """The model's home from now on. The old one, if it has a process, is leaving."""
+        model, old = runtime.model, runtime.model.runtime
+        assert runtime in model.others
+        model.others.remove(runtime)
+        model.runtime, runtime.role = runtime, Role.HOME
+        self.leaving.pop(runtime.id or RuntimeId(""), None)
+        if old.id is not None:
+            model.others.append(old)
+            self.set_leaving(old)
+        model.reason = why
+        self.num_moves += 1
+        self.touch(model)
+        self.note(f"{model.name}: home is {runtime.device} ({why})")
+
+    def set_leaving(self, runtime: Runtime) -> None:
+        """It takes no more grants, and will be stopped or become the spare."""
+        assert runtime in runtime.model.others, "a home is never without its model"
+        assert runtime.id is not None
+        runtime.role = Role.LEAVING
+        self.leaving[runtime.id] = runtime
+        self.touch(runtime.model)
+
+    def set_role(self, runtime: Runtime, role: Role) -> None:
+        """A spare is woken to be the target of a move, or the source of one has been drained and is kept."""
+        assert runtime in runtime.model.others
+        assert role is not Role.HOME
+        assert runtime.id is not None
+        self.leaving.pop(runtime.id, None)
+        runtime.role = role
+        self.touch(runtime.model)
+
+    def swap_home(self, spare: Runtime, why: str) -> None:
+        """Both sleep: the model shall wake where its spare is."""
+        home = spare.model.runtime
+        assert home.state is ASLEEP
+        assert spare.role is Role.SPARE
+        self.make_home(spare, why)
+        self.set_role(home, Role.SPARE)
+
+    # ------------------------------------------------------------
+
+    def _place(self, model: Model, device: Device, runtime_id: RuntimeId, role: Role) -> Runtime:
+        assert model.name not in device.residents, "a model has one runtime at most on a device"
+        if role is Role.HOME:
+            assert model.runtime.state in _NO_PROCESS, "a model has one home"
+            runtime = Runtime(model, state=model.runtime.state, id=runtime_id, device=device.name)
+            model.runtime = runtime
+        else:
+            runtime = Runtime(model, role, id=runtime_id, device=device.name)
+            model.others.append(runtime)
+        if role is Role.LEAVING:
+            self.leaving[runtime_id] = runtime
+        device.residents[model.name] = runtime
+        self._by_id[runtime_id] = runtime
+        return runtime
+
+    def _enter(self, runtime: Runtime, state: RuntimeState, now: float, why: str) -> None:
+        model, old = runtime.model, runtime.state
         self.num_starting += (state is STARTING) - (old is STARTING)
         self.num_moves += 1
         runtime.state, runtime.since = state, now
@@ -272,36 +391,49 @@ class Fleet:
             runtime.mapped = True
         elif state is not STOPPING:  # a runtime that stops holds what it held until it has exited
             runtime.mapped = False
-        if state in (STARTING, WAKING):
-            model.activating_since = now
-        elif state is AWAKE and old is not DRAINING:
+        if state is AWAKE and old is not DRAINING:
             runtime.awake_since = runtime.idle_since = now
-        model.reason = why
-        self._charge(model)
+        subject = model.name
+        if runtime.role is Role.HOME:
+            model.reason = why
+            if state in (STARTING, WAKING):
+                model.activating_since = now
+        else:
+            subject = f"{model.name} ({runtime.role.value} on {runtime.device})"
+        self._charge(runtime)
         self.touch(model)
-        self.note(f"{model.name}: {state} ({why})" if why else f"{model.name}: {state}")
+        self.note(f"{subject}: {state} ({why})" if why else f"{subject}: {state}")
 
-    def _charge(self, model: Model) -> None:
-        runtime = model.runtime
+    def _charge(self, runtime: Runtime) -> None:
         if runtime.device is None:
             return
         charge = 0
         if runtime.state not in _NO_PROCESS:
+            model = runtime.model
             charge = self.mapped_bytes(model) if runtime.mapped else self.asleep_bytes(model)
         self.devices[runtime.device].charged_bytes += charge - runtime.charged_bytes
         runtime.charged_bytes = charge
 
     def check(self) -> None:
-        for runtime_id, model in self._by_id.items():
-            assert model.runtime.id == runtime_id
+        for runtime_id, runtime in self._by_id.items():
+            assert runtime.id == runtime_id
+            assert runtime in runtime.model.runtimes
         for model in self.models.values():
-            runtime = model.runtime
-            assert (runtime.id is None) == (runtime.state in _NO_PROCESS) == (runtime.device is None)
-            assert runtime.id is None or self._by_id[runtime.id] is model
-            assert runtime.sleep_sent_at is None or runtime.state is DRAINING
-            assert runtime.wake_sent_at is None or runtime.state is WAKING
+            for runtime in model.runtimes:
+                assert runtime.model is model
+                assert (runtime.role is Role.HOME) == (runtime is model.runtime)
+                assert (runtime.id is None) == (runtime.state in _NO_PROCESS) == (runtime.device is None)
+                assert runtime.id is None or self._by_id[runtime.id] is runtime
+                assert runtime.sleep_sent_at is None or runtime.state is DRAINING
+                assert runtime.wake_sent_at is None or runtime.state is WAKING
+            assert all(runtime.id is not None for runtime in model.others)
+            for role in (Role.INCOMING, Role.SPARE):
+                assert sum(runtime.role is role for runtime in model.others) <= 1
+            devices = [runtime.device for runtime in model.runtimes if runtime.device is not None]
+            assert len(devices) == len(set(devices)), f"{model.name} is twice on a device"
+        assert self.leaving == {i: r for i, r in self._by_id.items() if r.role is Role.LEAVING}
         for device in self.devices.values():
-            charges = {n: m.runtime.charged_bytes for n, m in device.residents.items()}
+            charges = {name: runtime.charged_bytes for name, runtime in device.residents.items()}
             assert sum(charges.values()) == device.charged_bytes
-            assert all(m.runtime.device == device.name for m in device.residents.values())
-        assert self.num_starting == sum(m.runtime.state is STARTING for m in self.models.values())
+            assert all(r.device == device.name and r.model.name == n for n, r in device.residents.items())
+        assert self.num_starting == sum(r.state is STARTING for r in self._by_id.values())

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from prism_sgl.messages import DeviceStatus, ModelStatus, Status
+from prism_sgl.messages import DeviceStatus, ModelStatus, RuntimeStatus, Status
 from prism_sgl.schedulers.activation import Activation
+from prism_sgl.schedulers.balancer import Balancer
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.state import COLD, FAILED, STARTING, WAKING, Fleet, Model
 
 _SILENT_S = 10.0  # runtimes beat once a second; the supervisor, not this, decides that one is dead
 
 
-def build(epoch: int, fleet: Fleet, table: RequestTable, activation: Activation, now: float) -> Status:
+def build(
+    epoch: int,
+    fleet: Fleet,
+    table: RequestTable,
+    activation: Activation,
+    balancer: Balancer,
+    now: float,
+) -> Status:
+    pressures = balancer.pressures(now)
     return Status(
         epoch=epoch,
         models=[_model(model, table, now) for model in fleet.models.values()],
@@ -20,6 +29,8 @@ def build(epoch: int, fleet: Fleet, table: RequestTable, activation: Activation,
                 budget_bytes=device.budget_bytes,
                 charged_bytes=device.charged_bytes,
                 kvpr=activation.kvpr(device, now),
+                kv_pressure=pressures[device.name].kv,
+                compute_pressure=pressures[device.name].compute,
             )
             for device in fleet.devices.values()
         ],
@@ -39,7 +50,7 @@ def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
         device=runtime.device,
         runtime=runtime.id,
         queued=len(table.queued(model.name)),
-        in_flight=len(table.running(runtime.id)),
+        in_flight=sum(len(table.running(each.id)) for each in model.runtimes),
         weights_bytes=runtime.weights_bytes,
         kv_bytes=runtime.kv_bytes,
         pinned=model.pinned,
@@ -47,6 +58,12 @@ def _model(model: Model, table: RequestTable, now: float) -> ModelStatus:
         wakes=model.wakes,
         sleeps=model.sleeps,
         starts=model.starts,
+        moves=model.moves,
+        others=[
+            RuntimeStatus(runtime=each.id, device=each.device, state=each.state, role=each.role.value)
+            for each in model.others
+            if each.id is not None and each.device is not None
+        ],
         last_wake_s=model.last_wake_s,
         last_sleep_s=model.last_sleep_s,
         slack_s=min(slacks, default=None),

@@ -47,7 +47,9 @@ class VirtualRuntime:
         self.connected = False
         self.alive = True
         self.held_bytes = 0
-        self.running: dict[RequestKey, None] = {}
+        self.running: dict[
+            RequestKey, tuple[float, int]
+        ] = {}  # when it was taken up, and tokens of its answer
         self._seen: set[RequestKey] = set()
         self._commands: list[object] = []
         self._obeying = False
@@ -172,7 +174,7 @@ class VirtualRuntime:
         if self.state is not RuntimeState.AWAKE:
             self._world.answered(api, self.id, key.request, key.attempt, "broke")
             return
-        self.running[key] = None
+        self.running[key] = (self._world.now, new_tokens)
         world, costs = self._world, self._world.costs
         started = Started(runtime=self.id, request=key.request, attempt=key.attempt)
         world.from_runtime(self.id, started)
@@ -199,7 +201,7 @@ class VirtualRuntime:
     def _end(self, api: VirtualApi | None, key: RequestKey, outcome: str) -> None:
         if not self.alive or key not in self.running:
             return
-        del self.running[key]
+        taken_at, new_tokens = self.running.pop(key)
         if api is not None:
             self._world.completed.append(key.request)
             self._world.answered(api, self.id, key.request, key.attempt, "last")
@@ -209,8 +211,8 @@ class VirtualRuntime:
             attempt=key.attempt,
             outcome=outcome,
             status=200,
-            total_s=0.0,
-            completion_tokens=1,
+            total_s=self._world.now - taken_at,
+            completion_tokens=new_tokens if outcome == "ok" else 0,
         )
         self._world.from_runtime(self.id, finished)
 

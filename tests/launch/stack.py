@@ -83,7 +83,13 @@ class Program:
 
 class Stack:
     def __init__(
-        self, models: Sequence[str], *, server: str = "", extra: str = "", hold_wakes: bool = False
+        self,
+        models: Sequence[str],
+        *,
+        server: str = "",
+        extra: str = "",
+        hold_wakes: bool = False,
+        num_devices: int = 1,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="px-", dir="/tmp"))  # short: names of sockets are limited
         self.run_dir = str(self.folder)
@@ -91,8 +97,10 @@ class Stack:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.config = self._write_config(models, server, extra)
+        self.config = self._write_config(models, server, extra, num_devices)
         self.engines: dict[str, Program] = {}  # by model: the newest
+        self.programs: dict[RuntimeId, Program] = {}  # all that ever were
+        self._alive: set[RuntimeId] = set()
         self._ids: dict[str, RuntimeId] = {}
         self._started: queue.Queue[str] = queue.Queue()
         self._arguments = ["--config", str(self.config), "--run-dir", self.run_dir]
@@ -107,14 +115,17 @@ class Stack:
         self._thread = threading.Thread(target=self._supervise, daemon=True)
         self._thread.start()
 
-    def _write_config(self, models: Sequence[str], server: str, extra: str) -> Path:
+    def _write_config(self, models: Sequence[str], server: str, extra: str, num_devices: int) -> Path:
         model = self.folder / "model"
         model.mkdir()
         (model / "config.json").write_text(json.dumps({}))
         file = self.folder / "models.toml"
         file.write_text(
             f'[server]\nport = {self.port}\nrun_dir = "{self.run_dir}"\ndrain_timeout = "5s"\n{server}\n'
-            '[[devices]]\nname = "host0"\nkind = "host"\nmemory = "256MiB"\n'
+            + "".join(
+                f'[[devices]]\nname = "host{i}"\nkind = "host"\nmemory = "256MiB"\n'
+                for i in range(num_devices)
+            )
             + "".join(f'[models.{name}]\npath = "{model}"\n' for name in models)
             + extra.replace("MODEL", str(model))
         )
@@ -152,19 +163,23 @@ class Stack:
                     more = ["--hold-wakes"] if self._hold_wakes else []
                     self._ids[model] = runtime
                     self.engines[model] = Program("tests.fake_engine", [*arguments, *more])
+                    self.programs[runtime] = self.engines[model]
+                    self._alive.add(runtime)
                     self._started.put(model)
                 case StopRuntime(runtime=runtime):
-                    model = runtime.partition("@")[0]
-                    if self._ids.get(model) == runtime:
-                        self.engines[model].kill()
-                        self.report_exit(model, expected=True)
+                    if runtime in self._alive:
+                        self.programs[runtime].kill()
+                        self._report_exit(runtime, expected=True)
                 case _:
-                    self._outbox.put(SupervisorHello(alive=list(self._ids.values())))
+                    self._outbox.put(SupervisorHello(alive=list(self._alive)))
 
     def report_exit(self, model: str, *, expected: bool = False) -> None:
-        self._outbox.put(
-            RuntimeExited(runtime=self._ids.pop(model), reason="killed by SIGKILL", expected=expected)
-        )
+        """Of the newest runtime of this model."""
+        self._report_exit(self._ids[model], expected=expected)
+
+    def _report_exit(self, runtime: RuntimeId, *, expected: bool) -> None:
+        self._alive.discard(runtime)
+        self._outbox.put(RuntimeExited(runtime=runtime, reason="killed by SIGKILL", expected=expected))
 
     def engine(self, model: str) -> Program:
         """The engine of this model once it has been started and is ready; each start is answered once."""
@@ -201,7 +216,7 @@ class Stack:
     def close(self) -> None:
         self._stopping.set()
         self._thread.join(WAIT_S)
-        for program in (*self.engines.values(), self.api, self.router):
+        for program in (*self.programs.values(), self.api, self.router):
             if program.process.poll() is None:
                 program.kill()
         self._commands.close()

@@ -29,7 +29,10 @@ class _Handler(BaseHTTPRequestHandler):
     asked: list[tuple[str, str | None]]
 
     def do_GET(self) -> None:
-        self._answer(200, {"models": MODELS})
+        if self.path.endswith("/explain"):
+            self._answer(200, {"message": "chat: awake on host0\nhost0: pressure 0.10"})
+        else:
+            self._answer(200, {"models": MODELS})
 
     def do_POST(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization")))
@@ -65,6 +68,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(cli, arguments)
+
+
+def test_move_and_explain_ask_the_server(server: ThreadingHTTPServer) -> None:
+    assert call("move", "org/code", "host1").output == "chat: slept in 0.02 s\n"
+    assert [path for path, _ in _Handler.asked] == ["/api/v1/models/org/code/move?device=host1"]
+    assert call("explain", "chat").output == "chat: awake on host0\nhost0: pressure 0.10\n"
 
 
 def test_list_shows_every_model_and_why_one_failed(server: ThreadingHTTPServer) -> None:

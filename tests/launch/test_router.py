@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
 
-from prism_sgl.launch.router import next_epoch
+from prism_sgl.launch.router import call_later, next_epoch
 from tests.launch.stack import Stack, running, wait_for
 
 
@@ -44,6 +46,19 @@ def test_epoch_grows_with_each_router(tmp_path: Path) -> None:
     assert [next_epoch(str(tmp_path)) for _ in range(3)] == [1, 2, 3]
     (tmp_path / "epoch").write_text("nonsense")
     assert next_epoch(str(tmp_path)) > 1_000_000_000
+
+
+def test_timer_that_is_due_at_once_is_a_timer() -> None:
+    """uvloop's call_later gives a plain handle for less than half a millisecond; that ended the router."""
+
+    async def set_timer() -> None:
+        loop = asyncio.get_running_loop()
+        for wait_s in (-1.0, 0.0, 0.0001):
+            timer = call_later(loop, wait_s, lambda: None)
+            assert timer.when() > loop.time() - 1.0
+            timer.cancel()
+
+    uvloop.run(set_timer())
 
 
 def test_killed_router_loses_and_doubles_nothing() -> None:

@@ -44,7 +44,7 @@ def restarted() -> ByHand:
 def test_illegal_move_names_both_states() -> None:
     fleet = Fleet(config(model("chat")))
     with pytest.raises(IllegalMoveError, match="chat cannot go from cold to awake"):
-        fleet.move(fleet.models["chat"], RuntimeState.AWAKE, 0.0, "")
+        fleet.move(fleet.models["chat"].runtime, RuntimeState.AWAKE, 0.0, "")
 
 
 def test_every_state_can_fail_and_only_a_start_leads_out_of_it() -> None:

@@ -103,7 +103,9 @@ class _Replay:
             device.resize(2 * device.budget_bytes)
         while self.world.now < _LONGEST_START_S:
             self.world.run(self.world.now + 5.0)
-            if all(m.state in _STARTED for m in self.world.controller.status(self.world.now).models):
+            models = self.world.controller.status(self.world.now).models
+            states = [state for m in models for state in (m.state, *(other.state for other in m.others))]
+            if all(state in _STARTED for state in states):
                 break
         for device in self.devices.values():
             device.resize(device.budget_bytes // 2)
@@ -171,7 +173,7 @@ def replay_prism(
             _outcome(client, arrival, began_s)
             for client, arrival in zip(replay.requests, arrivals, strict=True)
         ],
-        migrations=0,  # the Controller moves a model only where it can be awake nowhere else
+        migrations=sum(model.moves for model in world.controller.status(world.now).models),
         wakes=replay.wakes,
         gpu_busy=min(1.0, math.fsum(busy) / (seconds * fleet.num_devices)),
         log=world.log.hexdigest(),
