@@ -16,8 +16,9 @@ from prism_sgl.errors import ConfigError
 from prism_sgl.schedulers.replay.spec import ModelCosts
 from prism_sgl.units import round_up
 
+RESULTS = ("overhead", "wake", "grow", "residual")
 _MIB = 1 << 20
-_PAGE_BYTES = 64 * _MIB
+_PAGE_BYTES = 128 * _MIB
 # The two models that benchmarks/gpu measures: bytes of their weights (wake.json: 14.96 GiB, 2.30 GiB).
 _LARGE_BYTES = 14.96 * (1 << 30)
 _SMALL_BYTES = 2.30 * (1 << 30)
@@ -31,7 +32,7 @@ ASSUMED: dict[str, str] = {
     "decode of other sizes": "weights and KV read at the 8B's effective bandwidth, a step 2 ms at least; not measured",
     "time sharing": "n engines that compute at once get 1/n of the device each (no MPS); not measured",
     "copies": "engines run at 0.96 while a wake copies: decode -4 % beside wakes (shared/gpu/README.md); no JSON row",
-    "overhead": "2,559 MiB awake (graphs to batch 128), 0.9 GiB asleep, for every size: probe of an 8B; no JSON row",
+    "overhead": "every size as the 8B: 2,559 MiB awake (graphs to batch 128; a probe, no JSON row), asleep as measured",
     "start_s": "10 s from waiting workers (commit fea6f7d); no JSON row",
     "tp": "t devices run a model at 0.8 t of one device's speed; not measured",
 }
@@ -39,7 +40,6 @@ _PREFILL_TOKENS_PER_S = 40_000.0
 _MOST_PREFILL_TOKENS_PER_S = 150_000.0
 _LEAST_STEP_S = 0.002
 _AWAKE_BYTES = 2559 * _MIB
-_ASLEEP_BYTES = 922 * _MIB
 _START_S = 10.0
 _TP_EFFICIENCY = 0.8
 COPY_SLOWDOWN = 0.96
@@ -57,11 +57,12 @@ class Measured:
     sleep_s_per_byte: float
     sleep_s_at_zero: float
     map_s_per_page: float
+    asleep_bytes: int  # beside pages
 
 
 def read(folder: Path) -> Measured:
-    """From overhead.json, wake.json and grow.json of this folder."""
-    overhead, wake, grow = (_rows(folder / f"{name}.json") for name in ("overhead", "wake", "grow"))
+    """From the results of these names in this folder."""
+    overhead, wake, grow, residual = (_rows(folder / f"{name}.json") for name in RESULTS)
     tpot_s = _row(overhead, f"{_LOW_LOAD}: TPOT p50") / 1000
     full_tpot_s = _row(overhead, f"{_FULL_LOAD}: TPOT p50") / 1000
     bytes_per_s = _LARGE_BYTES / tpot_s
@@ -71,8 +72,8 @@ def read(folder: Path) -> Measured:
     wake_slope = (wakes[0] - wakes[1]) / (_LARGE_BYTES - _SMALL_BYTES)
     sleeps = [_row(wake, f"{size}: sleep") for size in ("8B", "1B")]
     sleep_slope = (sleeps[0] - sleeps[1]) / (_LARGE_BYTES - _SMALL_BYTES)
-    grow_s = _row(grow, "grow 1 GiB, pages of 64 MiB, against stock's cudaMalloc or cudaFree") / 1000
-    give_s = _row(grow, "give back 1 GiB, pages of 64 MiB, against stock's cudaMalloc or cudaFree") / 1000
+    grow_s = _row(grow, "grow 1 GiB, pages of 128 MiB, against stock's cudaMalloc or cudaFree") / 1000
+    give_s = _row(grow, "give back 1 GiB, pages of 128 MiB, against stock's cudaMalloc or cudaFree") / 1000
     return Measured(
         bytes_per_s=bytes_per_s,
         step_s_per_request=max(0.0, (full_tpot_s - tpot_s - kv_s) / 127),
@@ -81,7 +82,8 @@ def read(folder: Path) -> Measured:
         wake_s_at_zero=wakes[0] - wake_slope * _LARGE_BYTES,
         sleep_s_per_byte=sleep_slope,
         sleep_s_at_zero=sleeps[0] - sleep_slope * _LARGE_BYTES,
-        map_s_per_page=(grow_s + give_s) / 16,
+        asleep_bytes=round(_row(residual, "8B with decode graphs to batch 32: asleep after work") * _MIB),
+        map_s_per_page=(grow_s + give_s) * _PAGE_BYTES / (1 << 30),
     )
 
 
@@ -99,7 +101,7 @@ def costs(
     return ModelCosts(
         weights_bytes=part_bytes,
         overhead_bytes=_AWAKE_BYTES,
-        asleep_bytes=_ASLEEP_BYTES,
+        asleep_bytes=measured.asleep_bytes,
         kv_bytes_per_token=part_kv,
         page_bytes=_PAGE_BYTES,
         floor_bytes=-(-context_tokens // page_tokens) * _PAGE_BYTES,
@@ -147,5 +149,6 @@ def _row(rows: dict[str, dict[str, Any]], what: str) -> float:
 
 
 def _wrong(path: Path, key: str, problem: str) -> ConfigError:
-    remedy = "run benchmarks/gpu, or give --costs a folder that has overhead.json, wake.json and grow.json"
+    files = ", ".join(f"{name}.json" for name in RESULTS)
+    remedy = f"run benchmarks/gpu, or give --costs a folder that has {files}"
     return ConfigError(key, problem, remedy, file=str(path))

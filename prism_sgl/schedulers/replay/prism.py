@@ -33,7 +33,7 @@ def controller_config(
     }
     return Config(
         server=ServerConfig(max_queue=_MOST_QUEUED),
-        memory=MemoryConfig(kv_page_bytes=64 << 20, weights_page_bytes=64 << 20),
+        memory=MemoryConfig(kv_page_bytes=128 << 20, weights_page_bytes=128 << 20),
         scheduler=limits,
         devices=tuple(
             DeviceConfig(name=f"gpu{i}", kind="cuda", index=i, memory_bytes=fleet.device_bytes)
