@@ -23,7 +23,7 @@ from starlette.routing import Route
 from prism_sgl.launch.cli import cli
 from prism_sgl.launch.replay.client import LiveError, LiveServer, Prompts
 from prism_sgl.launch.replay.live import LiveReplay, replay_live
-from prism_sgl.schedulers.replay.outcomes import tpot_s, ttft_s
+from prism_sgl.schedulers.replay.outcomes import caught_in_moves, tpot_s, ttft_s
 from prism_sgl.schedulers.replay.spec import Arrival, Slo
 from tests.launch.stack import running
 
@@ -225,7 +225,8 @@ def test_moves_wakes_and_who_waited_for_a_move_are_seen_from_outside() -> None:
     with serving(server) as url:
         found = replay(url, arrivals, mode=(server, "moves"))
     assert (found.migrations, found.wakes) == (1, 1)
-    assert [outcome.in_move for outcome in found.replayed.outcomes] == [False, False, True]
+    caught = caught_in_moves(found.replayed.outcomes, found.replayed.moves)
+    assert [id(outcome) in caught for outcome in found.replayed.outcomes] == [False, False, True]
     assert found.replayed.placement == {"host1": ["a"]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prism_sgl.launch.replay.client import LiveServer
 from prism_sgl.schedulers.replay.outcomes import percentile
-from prism_sgl.schedulers.replay.spec import Arrival, Outcome, Replayed, Slo
+from prism_sgl.schedulers.replay.spec import Arrival, Move, Outcome, Replayed, Slo
 
 _LOOK_S = 0.5
 # Requests are made so long before they are sent, so that making one never delays it.
@@ -30,22 +30,20 @@ class LiveReplay:
 
 @dataclass
 class _Moves:
-    """What a prism_sgl server tells of its models while the trace runs: a device that changed is a move."""
+    """What a prism_sgl server tells of its models while the trace runs: a device that changed is a move.
 
-    outcomes: list[Outcome]
+    Its begin and its drain are not seen, only that it switched since the last look.
+    """
+
     began: float
-    count: int = 0
+    found: list[Move] = field(default_factory=list)
     devices: dict[str, Any] = field(default_factory=dict)
 
     def look(self, models: Mapping[str, Mapping[str, Any]], now: float) -> None:
         for model, known in models.items():
             device, before = known.get("device"), self.devices.get(model)
             if device and before and device != before:
-                self.count += 1
-                for outcome in self.outcomes:
-                    waited = outcome.first_at is None or outcome.first_at >= now - self.began - _LOOK_S
-                    if outcome.model == model and waited:
-                        outcome.in_move = True
+                self.found.append(Move(model, now - self.began - _LOOK_S, now - self.began))
             self.devices[model] = device or before
 
 
@@ -67,7 +65,7 @@ async def replay_live(
     late_s: list[float] = []
     tasks: set[asyncio.Task[None]] = set()
     began = loop.time() + _AHEAD_S
-    moves = _Moves(outcomes, began)
+    moves = _Moves(began)
     watching = None if before is None else asyncio.create_task(_watch(server, moves))
     for number, arrival in enumerate(arrivals):
         await asyncio.sleep(began + arrival.at_s - _AHEAD_S - loop.time())
@@ -92,13 +90,13 @@ async def replay_live(
     after = await server.models() if before is not None else None
     migrations, wakes = None, None
     if before is not None and after is not None:
-        migrations, wakes = moves.count, _total(after, "wakes") - _total(before, "wakes")
+        migrations, wakes = len(moves.found), _total(after, "wakes") - _total(before, "wakes")
     placement: dict[str, list[str]] = {}
     for model, told in (after or {}).items():
         if told.get("device") and told.get("state") == "awake":
             placement.setdefault(str(told["device"]), []).append(model)
     return LiveReplay(
-        replayed=Replayed(outcomes, migrations or 0, wakes or 0, math.nan, placement=placement),
+        replayed=Replayed(outcomes, moves.found, wakes or 0, math.nan, placement=placement),
         migrations=migrations,
         wakes=wakes,
         sent_late_p99_s=percentile(sorted(late_s), 99),

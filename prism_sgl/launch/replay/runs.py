@@ -198,7 +198,7 @@ def _mean(summaries: Sequence[Summary]) -> Summary:
     if len(summaries) == 1:
         return summaries[0]
     means = {key: _mean_of([asdict(s)[key] for s in summaries]) for key in asdict(summaries[0])}
-    counts = {key: round(means[key]) for key in ("requests", "failed", "migrations", "wakes")}
+    counts = {key: round(means[key]) for key in ("requests", "failed", "migrations", "wakes", "moved")}
     return Summary(**{**means, **counts})  # type: ignore[arg-type]  # by field name
 
 

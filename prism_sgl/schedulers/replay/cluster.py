@@ -13,7 +13,7 @@ from typing import Protocol
 from prism_sgl.schedulers.replay.batch import Job
 from prism_sgl.schedulers.replay.device import Device, HeapClock
 from prism_sgl.schedulers.replay.engine import Engine
-from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Outcome, Replayed, span_s
+from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Move, Outcome, Replayed, span_s
 
 
 class Instance:
@@ -92,7 +92,8 @@ class Cluster:
             for i in range(fleet.num_devices)
         ]
         self.instances: list[Instance] = []
-        self.migrations = self.wakes = 0
+        self.moves: list[Move] = []
+        self.wakes = 0
         self.open_tickets = 0
         self._check = check
         self._log = hashlib.sha256()
@@ -249,7 +250,7 @@ class Cluster:
                 outcome.failure = "not answered in time"
         return Replayed(
             outcomes=outcomes,
-            migrations=self.migrations,
+            moves=self.moves,
             wakes=self.wakes,
             gpu_busy=min(1.0, busy_s / (max(span_s(listed), 1e-9) * len(self.devices))),
             log=self._log.hexdigest(),

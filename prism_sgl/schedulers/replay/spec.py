@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -97,7 +98,15 @@ class Outcome:
     first_at: float | None = None
     ended_at: float | None = None
     failure: str = ""
-    in_move: bool = False  # it waited for a model that was on its way to another device
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """A model on its way to another device: from the wake of the target until the source has drained."""
+
+    model: str
+    began_at: float
+    ended_at: float = math.inf
 
 
 @dataclass
@@ -105,12 +114,16 @@ class Replayed:
     """What one policy made of one trace."""
 
     outcomes: list[Outcome]
-    migrations: int = 0
+    moves: list[Move] = field(default_factory=list)
     wakes: int = 0
     gpu_busy: float = 0.0
     log: str = ""  # digest of all that happened, in order
     placement: dict[str, list[str]] = field(default_factory=dict)  # at the end: device -> models awake there
     notes: tuple[str, ...] = ()
+
+    @property
+    def migrations(self) -> int:
+        return len(self.moves)
 
 
 def span_s(arrivals: Sequence[Arrival]) -> float:
