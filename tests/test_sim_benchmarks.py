@@ -1,4 +1,4 @@
-"""The shipped trace is what its generator makes, and has the statistics that the paper publishes."""
+"""The shipped trace has the paper's statistics; the validation fits and chooses its load as it says. No engine here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sim import generate
+from benchmarks.sim import generate, validate
 from prism_sgl.launch.replay import fleet_file, measurements, trace_file
 from prism_sgl.launch.replay.trace_file import Row
+from prism_sgl.schedulers.replay.outcomes import summarise
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +52,54 @@ def test_both_shipped_traces_fit_the_fleet_of_eight() -> None:
     for name in ("arena_chat", "hyperbolic_like"):
         trace = trace_file.load(ROOT / "benchmarks" / "sim" / "data" / f"{name}.csv")
         assert len({arrival.model for arrival in trace_file.arrivals(trace, fleet, 1.0)}) == 8
+
+
+# ------------------------------------------------------------ validation
+
+COSTS = validate.Calibration(
+    latency_s=0.01,
+    pass_s=0.02,
+    prefill_s_per_token=0.002,
+    step_s=0.03,
+    step_s_per_request=0.005,
+    step_s_per_token=0.00001,
+    wake_s=0.3,
+    sleep_s=0.03,
+    shared_ratio=2.0,
+    ttft_left=0.0,
+    tpot_left=0.0,
+)
+
+
+def test_fit_finds_the_costs_that_made_the_samples_and_none_below_zero() -> None:
+    samples = {
+        (1.0, float(b), float(t)): 0.03 + 0.005 * b + 1e-5 * t for b in (1, 2, 4) for t in (24, 216, 900)
+    }
+    assert validate._fit(samples) == pytest.approx([0.03, 0.005, 1e-5])
+    falling = {(1.0, 10.0): 0.5, (1.0, 100.0): 0.4}
+    assert validate._fit(falling)[1] == 0.0
+
+
+def test_one_slow_repeat_does_not_count() -> None:
+    samples = [((1.0, 8.0), seconds) for seconds in (0.1, 0.11, 3.0)]
+    assert validate._medians(samples) == {(1.0, 8.0): 0.11}
+
+
+def test_load_is_chosen_by_the_simulation_alone() -> None:
+    rate, slo = validate.choose_load(COSTS)
+    replayed = validate.simulate(validate.simulated_fleet(COSTS, slo), validate.validation_trace(rate))
+    summary = summarise(replayed, dict.fromkeys(validate.MODELS, slo))
+    assert summary.gpu_busy == pytest.approx(validate.BUSY, abs=0.02)
+    assert summary.ttft_attainment == pytest.approx(validate.AIM, abs=0.02)
+    assert summary.tpot_attainment == pytest.approx(validate.AIM, abs=0.02)
+    assert {len(models) for models in replayed.placement.values()} == {2}
+
+
+def test_validated_trace_is_another_one_than_the_calibration() -> None:
+    calibration, _ = validate.calibration_trace("alpha", 0.0)
+    validated = validate.validation_trace(1.5)
+    assert validated == validate.validation_trace(1.5)
+    assert {arrival.model for arrival in validated} == set(validate.MODELS)
+    lengths = {arrival.prompt_tokens for arrival in validated}
+    assert len(lengths - {arrival.prompt_tokens for arrival in calibration}) > 50
+    assert max(a.prompt_tokens + a.output_tokens for a in validated) <= validate.CONTEXT_TOKENS

@@ -37,7 +37,7 @@ kv_bytes_per_token = 32768
 trace_model = 0
 ttft_ms = 5000
 tpot_ms = 1000
-served_as = "chat"
+served_as = "talk"
 [models.code]
 weights = "2.30GiB"
 kv_bytes_per_token = 32768
@@ -260,7 +260,7 @@ def invoke(folder: Path, url: str, *more: str) -> tuple[Result, Path]:
 
 
 def test_live_replay_against_our_own_server_has_the_json_of_the_simulated_one(tmp_path: Path) -> None:
-    with running(("chat", "code")) as stack:
+    with running(("code",), extra='[models.chat]\npath = "MODEL"\naliases = ["talk"]\n') as stack:
         result, out = invoke(tmp_path, stack.url, "--rate-scale", "1,2", "--time-scale", "0.5")
     assert result.exit_code == 0, result.output
     content = json.loads(out.read_text())
@@ -274,7 +274,7 @@ def test_live_replay_against_our_own_server_has_the_json_of_the_simulated_one(tm
         assert run["ttft_attainment"] == run["tpot_attainment"] == 1.0
         assert 0.0 < run["ttft_p50_s"] <= run["ttft_p99_s"] < 5.0
         assert run["gpu_busy"] is None
-        assert run["placement"] == {"host0": ["first", "code"]}
+        assert run["placement"] == {"host0": ["first", "code"]}, "by the fleet's names, not by the server's"
     assert content["live"] == stack.url
     simulated = CliRunner().invoke(
         cli,

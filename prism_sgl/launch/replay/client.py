@@ -143,8 +143,11 @@ class LiveServer:
             told = str(error) or type(error).__name__
             raise LiveError(f"{self.url} cannot be reached ({told}); start a server there") from None
         try:
-            return {str(model["id"]) for model in response.raise_for_status().json()["data"]}
-        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
+            listed = response.raise_for_status().json()["data"]
+            # prism_sgl knows a model by its aliases too, and tells them.
+            aliases = {alias for model in listed for alias in model.get("prism", {}).get("aliases", ())}
+            return aliases | {str(model["id"]) for model in listed}
+        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError):
             raise LiveError(
                 f"{self.url}/v1/models was answered with {response.status_code} and no list of models; "
                 "give the address of an OpenAI-compatible server, without /v1"
@@ -176,7 +179,11 @@ class LiveServer:
         """Of a prism_sgl server: state, device, wakes of each model of the fleet. None: it is another one's."""
         try:
             response = (await self._client.get("/api/v1/models", timeout=5.0)).raise_for_status()
-            listed = {model["name"]: model for model in response.json()["models"]}
+            listed = {
+                name: model
+                for model in response.json()["models"]
+                for name in (model["name"], *model.get("aliases", ()))
+            }
             return {model: listed[name] for model, name in self._served.items()}
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
