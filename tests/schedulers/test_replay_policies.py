@@ -77,7 +77,9 @@ def test_caught_in_a_move_is_who_waited_between_its_begin_and_its_drain() -> Non
     free = [waited("a", 0.0, 4.9), waited("a", 6.1, 7.0), waited("b", 5.5, 5.6)]
     moves = [Move("a", 5.0, 6.0)]
     assert caught_in_moves(caught + free, moves) == {id(outcome) for outcome in caught}
-    summary = summarise(Replayed(caught + free, moves), {"a": Slo(1.0, 1.0), "b": Slo(1.0, 1.0)})
+    summary = summarise(
+        Replayed(caught + free, len(moves), moves=moves), {"a": Slo(1.0, 1.0), "b": Slo(1.0, 1.0)}
+    )
     assert (summary.moved, summary.migrations, summary.failed) == (4, 1, 1)
     assert summary.ttft_p99_moved_s == pytest.approx(5.5)
     assert summary.ttft_p99_unmoved_s == pytest.approx(4.9)

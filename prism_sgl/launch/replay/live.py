@@ -90,13 +90,16 @@ async def replay_live(
     after = await server.models() if before is not None else None
     migrations, wakes = None, None
     if before is not None and after is not None:
-        migrations, wakes = len(moves.found), _total(after, "wakes") - _total(before, "wakes")
+        wakes, told = (_total(after, key) - _total(before, key) for key in ("wakes", "moves"))
+        migrations = max(told, len(moves.found))  # one there and back between two looks is only told
     placement: dict[str, list[str]] = {}
     for model, told in (after or {}).items():
         if told.get("device") and told.get("state") == "awake":
             placement.setdefault(str(told["device"]), []).append(model)
     return LiveReplay(
-        replayed=Replayed(outcomes, moves.found, wakes or 0, math.nan, placement=placement),
+        replayed=Replayed(
+            outcomes, migrations or 0, wakes or 0, math.nan, placement=placement, moves=moves.found
+        ),
         migrations=migrations,
         wakes=wakes,
         sent_late_p99_s=percentile(sorted(late_s), 99),

@@ -93,6 +93,7 @@ class Cluster:
         ]
         self.instances: list[Instance] = []
         self.moves: list[Move] = []
+        self._sources: dict[Instance, Move] = {}  # of moves that are not over
         self.wakes = 0
         self.open_tickets = 0
         self._check = check
@@ -150,6 +151,8 @@ class Cluster:
 
     def sleep(self, instance: Instance, then: Callable[[], None] = lambda: None) -> None:
         assert instance.is_awake and not instance.in_flight
+        if (move := self._sources.pop(instance, None)) is not None:
+            move.ended_at = self.now
         instance.state = Instance.State.CLOSING
         self._note("sleep", instance)
 
@@ -159,6 +162,11 @@ class Cluster:
             then()
 
         self.clock.after(instance.spec.costs.sleep_s, slept)
+
+    def moves_from(self, source: Instance) -> None:
+        """Its model is on the way to another device, until the source has drained and sleeps."""
+        self._sources[source] = Move(source.spec.name, self.now)
+        self.moves.append(self._sources[source])
 
     def remove(self, instance: Instance) -> None:
         """Its engine serves nobody any more and gives all back."""
@@ -250,6 +258,7 @@ class Cluster:
                 outcome.failure = "not answered in time"
         return Replayed(
             outcomes=outcomes,
+            migrations=len(self.moves),
             moves=self.moves,
             wakes=self.wakes,
             gpu_busy=min(1.0, busy_s / (max(span_s(listed), 1e-9) * len(self.devices))),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from prism_sgl.schedulers.replay.cluster import Cluster, Instance, Ticket
 from prism_sgl.schedulers.replay.device import Device
-from prism_sgl.schedulers.replay.spec import ModelSpec, Move
+from prism_sgl.schedulers.replay.spec import ModelSpec
 
 # Ordering a long queue anew for each request would cost more than it brings (as schedulers/grants.py has it).
 _ALWAYS_ORDER = 64
@@ -37,7 +37,6 @@ class Moving:
         self._window = window
         self.serving: dict[str, Instance] = {}
         self._moves: dict[str, Instance] = {}  # model -> target that wakes
-        self._sources: dict[Instance, Move] = {}  # of moves that are not over
         self._leaving: dict[Instance, None] = {}  # sources that end what they have
         self._homeless: dict[str, list[Ticket]] = {}  # of models that are awake nowhere
         self._queues: dict[Device, _Queue] = {}
@@ -77,8 +76,7 @@ class Moving:
         if target is None:
             return False
         self._moves[spec.name] = target
-        self._sources[source] = Move(spec.name, cluster.now)
-        cluster.moves.append(self._sources[source])
+        cluster.moves_from(source)
         cluster.wake(target, lambda: self._switch(cluster, spec.name, source, target))
         return True
 
@@ -180,6 +178,4 @@ class Moving:
     def _leave_if_drained(self, cluster: Cluster, instance: Instance) -> None:
         if instance.is_awake and not instance.in_flight:
             del self._leaving[instance]
-            if (move := self._sources.pop(instance, None)) is not None:
-                move.ended_at = cluster.now
             cluster.sleep(instance, lambda: cluster.remove(instance))

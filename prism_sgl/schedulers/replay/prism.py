@@ -162,6 +162,7 @@ def replay_prism(
             _outcome(request, arrival, began_s)
             for request, arrival in zip(replay.requests, arrivals, strict=True)
         ],
+        migrations=0,  # the Controller moves a model only where it can be awake nowhere else
         wakes=replay.wakes,
         gpu_busy=min(1.0, math.fsum(busy) / (seconds * fleet.num_devices)),
         log=world.log.hexdigest(),

@@ -114,16 +114,13 @@ class Replayed:
     """What one policy made of one trace."""
 
     outcomes: list[Outcome]
-    moves: list[Move] = field(default_factory=list)
+    migrations: int = 0
     wakes: int = 0
     gpu_busy: float = 0.0
     log: str = ""  # digest of all that happened, in order
     placement: dict[str, list[str]] = field(default_factory=dict)  # at the end: device -> models awake there
     notes: tuple[str, ...] = ()
-
-    @property
-    def migrations(self) -> int:
-        return len(self.moves)
+    moves: list[Move] = field(default_factory=list)  # those whose times are known
 
 
 def span_s(arrivals: Sequence[Arrival]) -> float:
