@@ -83,7 +83,14 @@ class Server:
             return Response(status_code=404)
         device = "host1" if self.moved else "host0"
         listed = [
-            {"name": name, "state": "awake", "device": device, "wakes": 3 + self.moved} for name in "mn"
+            {
+                "name": name,
+                "state": "awake",
+                "device": device,
+                "wakes": 3 + self.moved,
+                "moves": 2 * self.moved,
+            }
+            for name in "mn"
         ]
         return JSONResponse({"models": listed})
 
@@ -224,7 +231,7 @@ def test_moves_wakes_and_who_waited_for_a_move_are_seen_from_outside() -> None:
     arrivals = [*steady(2), Arrival(0.6, "a", 10, 9)]
     with serving(server) as url:
         found = replay(url, arrivals, mode=(server, "moves"))
-    assert (found.migrations, found.wakes) == (1, 1)
+    assert (found.migrations, found.wakes) == (2, 1), "two are told, one of them is seen"
     caught = caught_in_moves(found.replayed.outcomes, found.replayed.moves)
     assert [id(outcome) in caught for outcome in found.replayed.outcomes] == [False, False, True]
     assert found.replayed.placement == {"host1": ["a"]}

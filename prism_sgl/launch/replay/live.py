@@ -90,8 +90,9 @@ async def replay_live(
     after = await server.models() if before is not None else None
     migrations, wakes = None, None
     if before is not None and after is not None:
-        wakes, told = (_total(after, key) - _total(before, key) for key in ("wakes", "moves"))
-        migrations = max(told, len(moves.found))  # one there and back between two looks is only told
+        wakes = _total(after, "wakes") - _total(before, "wakes")
+        # One there and back between two looks is told, not seen.
+        migrations = max(len(moves.found), _total(after, "moves") - _total(before, "moves"))
     placement: dict[str, list[str]] = {}
     for model, told in (after or {}).items():
         if told.get("device") and told.get("state") == "awake":
