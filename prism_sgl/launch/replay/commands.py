@@ -193,6 +193,8 @@ def _run_live(
             progress.update(task, description=what, advance=answers)
 
         found = target.runs(runner, points, repeats, show)
+    for note in dict.fromkeys(note for one in found for replay in one.replays for note in replay.notes):
+        click.echo(f"note: {note}", err=True)
     for one in found:
         for reason, count in one.failures.items():
             click.echo(f"{count} failed: {reason}", err=True)
