@@ -276,8 +276,11 @@ class Drive:
 # ------------------------------------------------------------ what is measured
 
 
-def events(num_models: int, num_devices: int, num_events: int) -> dict[str, Any]:
-    """Times of so many events, after all models have been up and a minute of requests."""
+def events(num_models: int, num_devices: int, num_events: int, least_s: float = 120.0) -> dict[str, Any]:
+    """Times of so many events, and of two minutes at least, so that what comes seldom is in them.
+
+    They are counted once all models have been up and requests have come for a minute.
+    """
     drive = Drive(num_models, num_devices)
     drive.start()
     assert drive.times_us is not None
@@ -285,7 +288,7 @@ def events(num_models: int, num_devices: int, num_events: int) -> dict[str, Any]
     drive.times_us.clear()
     end = drive.num_events + num_events
     began, answered = drive.now, drive.num_answered
-    drive.run(lambda: drive.num_events >= end)
+    drive.run(lambda: drive.num_events >= end and drive.now >= began + least_s)
     everything = list(itertools.chain.from_iterable(drive.times_us.values()))
     return {
         "models": num_models,
@@ -399,7 +402,13 @@ def main() -> None:
     targets = [
         ("median of an event, 1,000 models, 256 devices", largest["median_us"], "us", "< 100", 100),
         ("a placement of all models, 1,000 on 256", passes[-1]["median_s"], "s", "< 1", 1),
-        ("slowest event, 1,000 models, 256 devices", largest["slowest_ms"], "ms", "< 1000", 1000),
+        (
+            "slowest event, global passes among them, 1,000 models, 256 devices",
+            largest["slowest_ms"],
+            "ms",
+            "< 1000",
+            1000,
+        ),
         ("slowest event of a start of 1,000 models", largest["slowest_of_start_ms"], "ms", "< 1000", 1000),
         ("growth of memory a million requests", held["rss_mib_per_million"], "MiB", "< 1", 1),
     ]
