@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sim import generate, validate
+from benchmarks.sim import calibration, cpu_system, generate, validate
 from prism_sgl.launch.replay import fleet_file, measurements, trace_file
 from prism_sgl.launch.replay.trace_file import Row
 from prism_sgl.schedulers.replay.outcomes import summarise
@@ -56,7 +56,7 @@ def test_both_shipped_traces_fit_the_fleet_of_eight() -> None:
 
 # ------------------------------------------------------------ validation
 
-COSTS = validate.Calibration(
+COSTS = calibration.Calibration(
     latency_s=0.01,
     pass_s=0.02,
     prefill_s_per_token=0.002,
@@ -75,20 +75,20 @@ def test_fit_finds_the_costs_that_made_the_samples_and_none_below_zero() -> None
     samples = {
         (1.0, float(b), float(t)): 0.03 + 0.005 * b + 1e-5 * t for b in (1, 2, 4) for t in (24, 216, 900)
     }
-    assert validate._fit(samples) == pytest.approx([0.03, 0.005, 1e-5])
+    assert calibration.fit(samples) == pytest.approx([0.03, 0.005, 1e-5])
     falling = {(1.0, 10.0): 0.5, (1.0, 100.0): 0.4}
-    assert validate._fit(falling)[1] == 0.0
+    assert calibration.fit(falling)[1] == 0.0
 
 
 def test_one_slow_repeat_does_not_count() -> None:
     samples = [((1.0, 8.0), seconds) for seconds in (0.1, 0.11, 3.0)]
-    assert validate._medians(samples) == {(1.0, 8.0): 0.11}
+    assert calibration.medians(samples) == {(1.0, 8.0): 0.11}
 
 
 def test_load_is_chosen_by_the_simulation_alone() -> None:
     rate, slo = validate.choose_load(COSTS)
     replayed = validate.simulate(validate.simulated_fleet(COSTS, slo), validate.validation_trace(rate))
-    summary = summarise(replayed, dict.fromkeys(validate.MODELS, slo))
+    summary = summarise(replayed, dict.fromkeys(cpu_system.MODELS, slo))
     assert summary.gpu_busy == pytest.approx(validate.BUSY, abs=0.02)
     assert summary.ttft_attainment == pytest.approx(validate.AIM, abs=0.02)
     assert summary.tpot_attainment == pytest.approx(validate.AIM, abs=0.02)
@@ -96,10 +96,10 @@ def test_load_is_chosen_by_the_simulation_alone() -> None:
 
 
 def test_validated_trace_is_another_one_than_the_calibration() -> None:
-    calibration, _ = validate.calibration_trace("alpha", 0.0)
+    calibrated, _ = calibration.calibration_trace("alpha", 0.0)
     validated = validate.validation_trace(1.5)
     assert validated == validate.validation_trace(1.5)
-    assert {arrival.model for arrival in validated} == set(validate.MODELS)
+    assert {arrival.model for arrival in validated} == set(cpu_system.MODELS)
     lengths = {arrival.prompt_tokens for arrival in validated}
-    assert len(lengths - {arrival.prompt_tokens for arrival in calibration}) > 50
-    assert max(a.prompt_tokens + a.output_tokens for a in validated) <= validate.CONTEXT_TOKENS
+    assert len(lengths - {arrival.prompt_tokens for arrival in calibrated}) > 50
+    assert max(a.prompt_tokens + a.output_tokens for a in validated) <= cpu_system.CONTEXT_TOKENS
