@@ -167,6 +167,28 @@ def build_app(holds: Holds, model: str) -> Starlette:
         done.set()
         say_of("done", tag)
 
+    async def completions(request: Request) -> Response:
+        body = await request.json()
+        return StreamingResponse(_stream_completion(body), media_type="text/event-stream")
+
+    async def _stream_completion(body: dict[str, Any]) -> AsyncIterator[bytes]:
+        """One chunk a token, as SGLang does it; no time passes between them."""
+        num_tokens = int(body["max_tokens"])
+        for number in range(num_tokens):
+            finish = "length" if number == num_tokens - 1 else None
+            choice = {"index": 0, "text": f"{number} ", "finish_reason": finish}
+            chunk = {
+                "id": "x",
+                "object": "text_completion",
+                "created": 1,
+                "model": model,
+                "choices": [choice],
+            }
+            yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": num_tokens}
+        yield b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
     async def generate(request: Request) -> Response:
         body = await request.body()
         content = json.loads(body)
@@ -195,6 +217,7 @@ def build_app(holds: Holds, model: str) -> Starlette:
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
             Route("/generate", generate, methods=["POST"]),
             Route("/model_info", model_info),
             Route("/get_model_info", model_info),

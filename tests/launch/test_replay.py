@@ -53,7 +53,7 @@ def fails(*words: str) -> pytest.RaisesExc[ConfigError]:
 
 
 @pytest.mark.parametrize(
-    ("name", "models", "devices"), [("8_models_2_gpus", 8, 2), ("58_models_32_gpus", 58, 32)]
+    ("name", "models", "devices"), [("8_models_2_gpus", 8, 2), ("58_models_32_gpus", 58, 32), ("demo", 3, 1)]
 )
 def test_shipped_fleets_load_and_have_their_part_of_the_trace(
     name: str, models: int, devices: int, measured: measurements.Measured

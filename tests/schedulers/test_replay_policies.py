@@ -6,9 +6,9 @@ import pytest
 
 from prism_sgl.schedulers.replay import policies
 from prism_sgl.schedulers.replay.fixed import split_kv
-from prism_sgl.schedulers.replay.outcomes import summarise, ttft_s
+from prism_sgl.schedulers.replay.outcomes import caught_in_moves, summarise, ttft_s
 from prism_sgl.schedulers.replay.prism import replay_prism
-from prism_sgl.schedulers.replay.spec import Arrival, Fleet, Replayed, Slo
+from prism_sgl.schedulers.replay.spec import Arrival, Fleet, Move, Outcome, Replayed, Slo
 from prism_sgl.schedulers.replay.splits import candidates
 from tests.schedulers.fleets import COSTS, MIB, fleet, spec, steady
 
@@ -86,7 +86,30 @@ def test_paper_moves_a_model_off_a_hot_device_and_loses_nothing() -> None:
     arrivals = sorted((a for name in here for a in steady(name, 400, 0.1)), key=lambda a: (a.at_s, a.model))
     replayed = play("paper", over, arrivals)
     assert replayed.migrations > 0
-    assert summarise(replayed, slos(over)).failed == 0
+    assert all(move.began_at + COSTS.wake_s < move.ended_at < 60.0 for move in replayed.moves)
+    summary = summarise(replayed, slos(over))
+    assert summary.failed == 0
+    assert 0 < summary.moved < summary.requests / 2
+    assert summary.ttft_p99_moved_s > 0.0 and summary.ttft_p99_unmoved_s > 0.0
+
+
+def test_caught_in_a_move_is_who_waited_between_its_begin_and_its_drain() -> None:
+    def waited(model: str, arrived_at: float, first_at: float | None) -> Outcome:
+        return Outcome(
+            model, arrived_at, 10, 10, first_at=first_at, ended_at=None if first_at is None else 99.0
+        )
+
+    caught = [waited("a", 0.0, 5.5), waited("a", 5.5, 5.6), waited("a", 5.9, 9.0), waited("a", 4.0, None)]
+    free = [waited("a", 0.0, 4.9), waited("a", 6.1, 7.0), waited("b", 5.5, 5.6)]
+    moves = [Move("a", 5.0, 6.0)]
+    assert caught_in_moves(caught + free, moves) == {id(outcome) for outcome in caught}
+    summary = summarise(
+        Replayed(caught + free, len(moves), moves=moves), {"a": Slo(1.0, 1.0), "b": Slo(1.0, 1.0)}
+    )
+    assert (summary.moved, summary.migrations, summary.failed) == (4, 1, 1)
+    assert summary.ttft_p99_moved_s == pytest.approx(5.5)
+    assert summary.ttft_p99_unmoved_s == pytest.approx(4.9)
+    assert caught_in_moves(free, [Move("a", 8.0)]) == set(), "one that never ends catches only who came later"
 
 
 def test_model_on_two_devices_is_served_by_every_policy() -> None:

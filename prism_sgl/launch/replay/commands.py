@@ -1,18 +1,22 @@
-"""``prism-sgl replay`` and ``prism-sgl plan``: a trace on a model of the machine, under several policies."""
+"""``prism-sgl replay`` and ``prism-sgl plan``: a trace on a model of the machine, or against a running server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from prism_sgl.launch.replay import fleet_file, measurements, plot, trace_file
+from prism_sgl.launch.replay.client import Prompts
+from prism_sgl.launch.replay.live_runs import LiveRun, Target
 from prism_sgl.launch.replay.runs import Run, Runner
 from prism_sgl.schedulers.replay import policies
 
@@ -55,6 +59,31 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
         return found
 
 
+class _Range(click.ParamType[tuple[int, int]]):
+    name = "LOW-HIGH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, int]:
+        low, _, high = str(value).partition("-")
+        if not (low.isdecimal() and high.isdecimal() and int(low) < int(high)):
+            self.fail(f"{value!r} is no range of token ids, e.g. 300-500", param, context)
+        return int(low), int(high)
+
+
+class _Url(click.ParamType[str]):
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        parts = urlsplit(str(value))
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            self.fail(f"{value!r} is no address, e.g. http://127.0.0.1:30000", param, context)
+        return str(value).rstrip("/").removesuffix("/v1")
+
+
+_POSITIVE = click.FloatRange(0.01, 10_000)
+
+
 def _shared(command: F) -> F:
     path = click.Path(path_type=Path)
     for option in (
@@ -80,7 +109,23 @@ def _shared(command: F) -> F:
 @click.option("--rate-scale", type=_Numbers(), default="1", show_default=True, help="Each request so often.")
 @click.option("--slo-scale", type=_Numbers(), default="5", show_default=True, help="Times P95 when alone.")
 @click.option("--gpus", type=_Numbers(whole=True), help="Numbers of devices; else the fleet's own.")
+@click.option(
+    "--time-scale",
+    type=_POSITIVE,
+    default=1.0,
+    show_default=True,
+    help="Times of the trace by this; 0.5: twice as fast.",
+)
+@click.option("--live", type=_Url(), metavar="URL", help="Ask this running server, instead of a simulation.")
+@click.option(
+    "--token-ids", type=_Range(), default="1000-30000", show_default=True, help="Of --live's prompts."
+)
+@click.option(
+    "--same-prompts", is_flag=True, help="Let --live's prompts of a model begin alike, for its cache."
+)
+@click.pass_context
 def replay(
+    context: click.Context,
     fleet: Path,
     trace: Path,
     policy: tuple[str, ...],
@@ -92,30 +137,80 @@ def replay(
     rate_scale: tuple[float, ...],
     slo_scale: tuple[float, ...],
     gpus: tuple[float, ...] | None,
+    time_scale: float,
+    live: str | None,
+    token_ids: tuple[int, int],
+    same_prompts: bool,
 ) -> None:
-    """Replay a trace under several policies and compare what clients would have seen."""
+    """Replay a trace under several policies, or against a running server, and show what clients would have seen."""
+    if live is not None:
+        _only_in_simulation(context, ("policy", "gpus", "tries"))
     pyplot = plot.drawer() if plot_file else None
     file = fleet_file.load(fleet, measurements.read(costs))
-    runner = Runner(file, trace_file.load(trace), repeats=repeats, tries=tries)
+    times = trace_file.stretched(trace_file.load(trace), time_scale)
+    runner = Runner(file, times, repeats=repeats, tries=tries)
     devices = tuple(int(n) for n in gpus) if gpus else (file.fleet.num_devices,)
-    points = [(p, r, s, g) for g in devices for s in slo_scale for r in rate_scale for p in policy]
+    points = [(r, s, g) for g in devices for s in slo_scale for r in rate_scale]
     runs: list[Run] = []
-    with _progress() as progress:
-        task = progress.add_task("", total=sum(runner.num_requests(p, r) for p, r, _, _ in points))
-        for name, rate, slo, num in points:
-            progress.update(task, description=f"{name} x{rate:g} on {num}")
-            runs.append(runner.run(name, rate, slo, num, lambda done: progress.advance(task, done)))
+    if live is not None:
+        key = context.find_root().params.get("key")
+        prompts = Prompts(*token_ids, alike=same_prompts)
+        found = _run_live(Target(live, file.served, prompts, key), runner, points, repeats)
+        runs, written = [one.run for one in found], [one.as_json() for one in found]
+        told = {"fleet": file.fleet.name, "trace": trace.name, "live": live}
+    else:
+        runs = _run_simulated(runner, points, policy)
+        written = [run.as_json() for run in runs]
+        told = _context(file, trace, policy)
     _show(runs)
     if json_file:
-        _write(json_file, {"runs": [run.as_json() for run in runs], **_context(file, trace, policy)})
+        _write(json_file, {"runs": written, **told, "time_scale": time_scale})
     if plot_file and pyplot is not None:
         plot.attainment(runs, plot_file, pyplot)
 
 
+def _run_simulated(
+    runner: Runner, points: Sequence[tuple[float, float, int]], names: Sequence[str]
+) -> list[Run]:
+    runs = []
+    with _progress() as progress:
+        counts = [runner.num_requests(name, rate) for rate, _, _ in points for name in names]
+        task = progress.add_task("", total=sum(counts))
+        for rate, slo, num in points:
+            for name in names:
+                progress.update(task, description=f"{name} x{rate:g} on {num}")
+                runs.append(runner.run(name, rate, slo, num, lambda done: progress.advance(task, done)))
+    return runs
+
+
+def _run_live(
+    target: Target, runner: Runner, points: Sequence[tuple[float, float, int]], repeats: int
+) -> list[LiveRun]:
+    with _progress() as progress:
+        task = progress.add_task("", total=repeats * sum(len(runner.arrivals(rate)) for rate, _, _ in points))
+
+        def show(what: str, answers: int) -> None:
+            progress.update(task, description=what, advance=answers)
+
+        found = target.runs(runner, points, repeats, show)
+    for note in dict.fromkeys(note for one in found for replay in one.replays for note in replay.notes):
+        click.echo(f"note: {note}", err=True)
+    for one in found:
+        for reason, count in one.failures.items():
+            click.echo(f"{count} failed: {reason}", err=True)
+    return found
+
+
+def _only_in_simulation(context: click.Context, options: Sequence[str]) -> None:
+    for option in options:
+        if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{option} is for simulations; leave it out with --live")
+
+
 @click.command()
 @_shared
-@click.option("--rate-scale", type=click.FloatRange(0.01, 10_000), default=1.0, show_default=True)
-@click.option("--slo-scale", type=click.FloatRange(0.01, 10_000), default=5.0, show_default=True)
+@click.option("--rate-scale", type=_POSITIVE, default=1.0, show_default=True)
+@click.option("--slo-scale", type=_POSITIVE, default=5.0, show_default=True)
 @click.option("--target", type=click.FloatRange(0.01, 1.0), default=0.99, show_default=True)
 @click.option("--most-gpus", type=click.IntRange(1, 1024), help="Try no more; else twice the fleet's.")
 def plan(

@@ -10,10 +10,12 @@ trace_shift = "0s"             # they come so much later, round the end of the t
 tp = 1                         # devices that one engine spans
 context = 4096                 # tokens of the longest request
 ttft_ms, tpot_ms               # its SLO; none: P95 on a device of its own, times --slo-scale
+served_as = "chat"             # its name on the server of replay --live; else the fleet's
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +34,17 @@ _MODEL_KEYS = (
     "context",
     "ttft_ms",
     "tpot_ms",
+    "served_as",
 )
 
 
 @dataclass(frozen=True)
 class FleetFile:
-    """A fleet, and which of its models bring an SLO of their own."""
+    """A fleet, which of its models bring an SLO of their own, and the name of each on a live server."""
 
     fleet: Fleet
     own_slos: frozenset[str]
+    served: Mapping[str, str]
 
 
 def load(path: Path, measured: Measured) -> FleetFile:
@@ -54,18 +58,20 @@ def load(path: Path, measured: Measured) -> FleetFile:
     if not memory:
         root.fail("memory", "is missing", 'give the budget of each device, e.g. memory = "74GiB"')
     devices = root.integer("devices", 1, 1, 1024)
-    models, own = [], set()
+    models, own, served = [], set(), {}
     for name, values in listed.items():
         table = Table(file, f"models.{name}", values, _MODEL_KEYS)
         models.append(_model(table, name, measured))
         if table.has("ttft_ms") or table.has("tpot_ms"):
             own.add(name)
+        served[name] = table.text("served_as", name, example='"chat"')
         if models[-1].tp > devices:
             table.fail("tp", f"is {models[-1].tp}, more than the {devices} devices", "give a smaller one")
         if models[-1].costs.awake_bytes > memory:
             table.fail("weights", "do not fit a device with KV for one request", "raise tp or memory")
     notes = tuple(f"{what}: {why}" for what, why in ASSUMED.items())
-    return FleetFile(Fleet(path.stem, tuple(models), devices, memory, COPY_SLOWDOWN, notes), frozenset(own))
+    fleet = Fleet(path.stem, tuple(models), devices, memory, COPY_SLOWDOWN, notes)
+    return FleetFile(fleet, frozenset(own), served)
 
 
 def _model(table: Table, name: str, measured: Measured) -> ModelSpec:

@@ -33,6 +33,30 @@ class Run:
     log: str  # digest of the first repeat: the same inputs give the same
     placement: dict[str, list[str]]
 
+    @classmethod
+    def of(
+        cls,
+        policy: str,
+        point: tuple[float, float, int],
+        summaries: Sequence[Summary],
+        *,
+        tuning: str,
+        log: str,
+        placement: dict[str, list[str]],
+    ) -> Run:
+        """``point``: rate scale, SLO scale, devices; a summary for each repeat."""
+        ttfts, tpots = [s.ttft_attainment for s in summaries], [s.tpot_attainment for s in summaries]
+        return cls(
+            policy,
+            *point,
+            summary=_mean(summaries),
+            ttft_interval=(min(ttfts), max(ttfts)),
+            tpot_interval=(min(tpots), max(tpots)),
+            tuning=tuning,
+            log=log,
+            placement=placement,
+        )
+
     def as_json(self) -> dict[str, Any]:
         numbers = {key: _rounded(value) for key, value in asdict(self.summary).items()}
         return {
@@ -112,15 +136,10 @@ class Runner:
         for seed in range(1, self._repeats):
             again = best[2].replay(self.arrivals(rate_scale, seed), progress)
             summaries.append(summarise(again, slos))
-        ttfts, tpots = [s.ttft_attainment for s in summaries], [s.tpot_attainment for s in summaries]
-        return Run(
-            policy=policy,
-            rate_scale=rate_scale,
-            slo_scale=slo_scale,
-            gpus=gpus,
-            summary=_mean(summaries),
-            ttft_interval=(min(ttfts), max(ttfts)),
-            tpot_interval=(min(tpots), max(tpots)),
+        return Run.of(
+            policy,
+            (rate_scale, slo_scale, gpus),
+            summaries,
             tuning=best[2].text,
             log=best[1].log,
             placement=best[1].placement,
@@ -179,7 +198,7 @@ def _mean(summaries: Sequence[Summary]) -> Summary:
     if len(summaries) == 1:
         return summaries[0]
     means = {key: _mean_of([asdict(s)[key] for s in summaries]) for key in asdict(summaries[0])}
-    counts = {key: round(means[key]) for key in ("requests", "failed", "migrations", "wakes")}
+    counts = {key: round(means[key]) for key in ("requests", "failed", "migrations", "wakes", "moved")}
     return Summary(**{**means, **counts})  # type: ignore[arg-type]  # by field name
 
 

@@ -11,7 +11,7 @@ import csv
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prism_sgl.errors import ConfigError
@@ -87,6 +87,11 @@ def _row(path: Path, line: int, cells: Sequence[str]) -> Row:
 
 def _wrong(path: Path, line: int, problem: str, remedy: str) -> ConfigError:
     return ConfigError(f"line {line}", problem, remedy, file=str(path))
+
+
+def stretched(trace: Trace, time_scale: float) -> Trace:
+    """Its times multiplied: below 1 is heavier."""
+    return replace(trace, rows=tuple(replace(row, at_s=row.at_s * time_scale) for row in trace.rows))
 
 
 def arrivals(trace: Trace, fleet: Fleet, rate_scale: float, seed: int = 0) -> list[Arrival]:

@@ -13,7 +13,7 @@ from typing import Protocol
 from prism_sgl.schedulers.replay.batch import Job
 from prism_sgl.schedulers.replay.device import Device, HeapClock
 from prism_sgl.schedulers.replay.engine import Engine
-from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Outcome, Replayed, span_s
+from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Move, Outcome, Replayed, span_s
 
 
 class Instance:
@@ -92,7 +92,9 @@ class Cluster:
             for i in range(fleet.num_devices)
         ]
         self.instances: list[Instance] = []
-        self.migrations = self.wakes = 0
+        self.moves: list[Move] = []
+        self._sources: dict[Instance, Move] = {}  # of moves that are not over
+        self.wakes = 0
         self.open_tickets = 0
         self._check = check
         self._log = hashlib.sha256()
@@ -149,6 +151,8 @@ class Cluster:
 
     def sleep(self, instance: Instance, then: Callable[[], None] = lambda: None) -> None:
         assert instance.is_awake and not instance.in_flight
+        if (move := self._sources.pop(instance, None)) is not None:
+            move.ended_at = self.now
         instance.state = Instance.State.CLOSING
         self._note("sleep", instance)
 
@@ -158,6 +162,11 @@ class Cluster:
             then()
 
         self.clock.after(instance.spec.costs.sleep_s, slept)
+
+    def moves_from(self, source: Instance) -> None:
+        """Its model is on the way to another device, until the source has drained and sleeps."""
+        self._sources[source] = Move(source.spec.name, self.now)
+        self.moves.append(self._sources[source])
 
     def remove(self, instance: Instance) -> None:
         """Its engine serves nobody any more and gives all back."""
@@ -252,7 +261,8 @@ class Cluster:
                 outcome.failure = "not answered in time"
         return Replayed(
             outcomes=outcomes,
-            migrations=self.migrations,
+            migrations=len(self.moves),
+            moves=self.moves,
             wakes=self.wakes,
             gpu_busy=min(1.0, busy_s / (max(span_s(listed), 1e-9) * len(self.devices))),
             log=self._log.hexdigest(),

@@ -96,7 +96,7 @@ class Moving:
         if target is None:
             return False
         self._moves[spec.name] = target
-        cluster.migrations += 1
+        cluster.moves_from(source)
         cluster.wake(target, lambda: self._switch(cluster, spec.name, source, target))
         return True
 
@@ -121,7 +121,6 @@ class Moving:
 
     def arrived(self, cluster: Cluster, ticket: Ticket) -> None:
         model = ticket.spec.name
-        ticket.outcome.in_move = model in self._moves
         instance = self.serving.get(model)
         if instance is None or not instance.is_awake:
             self._homeless.setdefault(model, []).append(ticket)
@@ -191,7 +190,6 @@ class Moving:
         queue = self._queues[source.device]
         for ticket in [t for t in queue.tickets.values() if t.spec.name == model]:
             del queue.tickets[ticket.number]
-            ticket.outcome.in_move = True
             self._enqueue(ticket, target)
         self._leaving[source] = None
         self._leave_if_drained(cluster, source)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prism_sgl.schedulers.replay.spec import Outcome, Replayed, Slo
+from prism_sgl.schedulers.replay.spec import Move, Outcome, Replayed, Slo
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Summary:
     migrations: int
     wakes: int
     gpu_busy: float
-    ttft_p99_in_move_s: float  # of requests that waited for a model on its way to another device
+    moved: int  # requests that waited while their model was on its way to another device
+    ttft_p99_moved_s: float  # of those
+    ttft_p99_unmoved_s: float  # of all others
 
 
 def ttft_s(outcome: Outcome) -> float:
@@ -44,7 +46,8 @@ def summarise(replayed: Replayed, slos: Mapping[str, Slo]) -> Summary:
     outcomes = replayed.outcomes
     good = [o for o in outcomes if not is_failed(o)]
     ttfts = sorted(ttft_s(o) for o in good)
-    moved = sorted(ttft_s(o) for o in good if o.in_move)
+    caught = caught_in_moves(outcomes, replayed.moves)
+    apart = {moved: sorted(ttft_s(o) for o in good if (id(o) in caught) is moved) for moved in (True, False)}
     return Summary(
         requests=len(outcomes),
         failed=len(outcomes) - len(good),
@@ -55,8 +58,24 @@ def summarise(replayed: Replayed, slos: Mapping[str, Slo]) -> Summary:
         migrations=replayed.migrations,
         wakes=replayed.wakes,
         gpu_busy=replayed.gpu_busy,
-        ttft_p99_in_move_s=percentile(moved, 99),
+        moved=len(caught),
+        ttft_p99_moved_s=percentile(apart[True], 99),
+        ttft_p99_unmoved_s=percentile(apart[False], 99),
     )
+
+
+def caught_in_moves(outcomes: Sequence[Outcome], moves: Sequence[Move]) -> set[int]:
+    """``id`` of each request that waited for its first token at some time of a move of its model."""
+    of_model: dict[str, list[Move]] = {}
+    for move in moves:
+        of_model.setdefault(move.model, []).append(move)
+    return {
+        id(outcome)
+        for outcome in outcomes
+        for move in of_model.get(outcome.model, ())
+        if outcome.arrived_at <= move.ended_at
+        and (outcome.first_at is None or outcome.first_at >= move.began_at)
+    }
 
 
 def _share(good: Sequence[Outcome], total: int, met: Callable[[Outcome], bool]) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from prism_sgl import config
 from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
 from prism_sgl.messages import RuntimeState, Wake
-from prism_sgl.schedulers.controller import Command, ToRuntime
+from prism_sgl.schedulers.controller import Command, ToRuntime, ToSupervisor
 from prism_sgl.schedulers.replay.device import Device
+from prism_sgl.schedulers.replay.moves_seen import MovesSeen
 from prism_sgl.schedulers.replay.runtime import ReplayRuntime, facts_of, make_runtime
 from prism_sgl.schedulers.replay.spanning import Gangs, part_name, part_specs, place
 from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Outcome, Replayed, span_s
@@ -67,6 +68,7 @@ class _Replay:
         facts = {name: facts_of(spec, fleet.device_bytes) for name, spec in specs.items()}
         self.devices: dict[str, Device] = {}
         self.wakes = 0
+        self.moves = MovesSeen()
         self.world = World(
             controller_config(fleet, scheduler, parts),
             facts,
@@ -92,6 +94,8 @@ class _Replay:
     def _count(self, world: World, command: Command) -> None:
         if isinstance(command, ToRuntime) and isinstance(command.message, Wake):
             self.wakes += 1
+        elif isinstance(command, ToSupervisor):
+            self.moves.saw(command.message, world.now)
 
     def start_all(self) -> None:
         """Until all engines are awake or asleep.
@@ -173,6 +177,9 @@ def replay_prism(
             _outcome(client, arrival, began_s)
             for client, arrival in zip(replay.requests, arrivals, strict=True)
         ],
+        moves=[
+            move for move in replay.moves.since(began_s) if move.ended_at < math.inf
+        ],  # replicas do not end
         migrations=sum(model.moves for model in world.controller.status(world.now).models),
         wakes=replay.wakes,
         gpu_busy=min(1.0, math.fsum(busy) / (seconds * fleet.num_devices)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -97,7 +98,15 @@ class Outcome:
     first_at: float | None = None
     ended_at: float | None = None
     failure: str = ""
-    in_move: bool = False  # it waited for a model that was on its way to another device
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """A model on its way to another device: from the wake of the target until the source has drained."""
+
+    model: str
+    began_at: float
+    ended_at: float = math.inf
 
 
 @dataclass
@@ -111,6 +120,7 @@ class Replayed:
     log: str = ""  # digest of all that happened, in order
     placement: dict[str, list[str]] = field(default_factory=dict)  # at the end: device -> models awake there
     notes: tuple[str, ...] = ()
+    moves: list[Move] = field(default_factory=list)  # those whose times are known
 
 
 def span_s(arrivals: Sequence[Arrival]) -> float:
