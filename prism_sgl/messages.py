@@ -254,13 +254,15 @@ RouterToApi = Introduce | Grant | Refuse | Lost | AdminReply | Status
 
 
 class Sleep(Message, frozen=True):
-    """Drop KV, give weights back. Only sent when nothing is in flight; answered by Slept or SleepRefused.
+    """Drop KV, give weights back. Answered by Slept, or by SleepRefused if something is in flight.
 
     ``keep_weights``: only as many of their pages as neighbours ask for, so that waking costs no more than that.
+    ``preempt``: what is in flight stays so, and is answered further after the wake.
     """
 
     runtime: RuntimeId
     keep_weights: bool = False
+    preempt: bool = False
 
 
 class Wake(Message, frozen=True):

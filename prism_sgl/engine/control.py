@@ -29,12 +29,12 @@ class SchedulerControl:
         self._socket: Any = get_zmq_socket(self._context, zmq.DEALER, rpc_ipc_name, True)
         self._one_at_a_time = asyncio.Lock()
 
-    async def sleep(self, *, keep_weights: bool) -> float:
-        """Seconds it took. Raises SchedulerCallError when requests are in the engine."""
+    async def sleep(self, *, keep_weights: bool, preempt: bool) -> float:
+        """Seconds it took. Raises SchedulerCallError when requests are in the engine that may not be set aside."""
         began = time.perf_counter()
         while True:
             try:
-                await self._call("prism_sleep", keep_weights=keep_weights)
+                await self._call("prism_sleep", keep_weights=keep_weights, preempt=preempt)
             except SchedulerCallError as refusal:
                 if time.perf_counter() - began > _BUSY_TIMEOUT_S or "in the engine" not in str(refusal):
                     raise

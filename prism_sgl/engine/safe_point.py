@@ -53,7 +53,11 @@ class SafePoint:
         self.memory.bell.drain()
         if self.asleep:
             self.giving.give_weights()
-            return original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
+            plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
+            if self.scheduler.waiting_queue:
+                # Requests that wait for the wake: SGLang does not call that idle, and would turn without pause.
+                self.scheduler.maybe_sleep_on_idle()
+            return plan
         if self.memory.arrival is not None:
             self.memory.arrival.look()
         self.memory.overhead.look()
@@ -68,7 +72,7 @@ class SafePoint:
 
     def before_admission(self, running_batch: Any) -> None:
         """What neighbours are owed does not go to new requests. A prefill that is half done goes on all the same."""
-        if self.giving.owes:
+        if self.giving.owes or self.asleep:
             running_batch.batch_is_full = True
 
     # -- growing

@@ -283,6 +283,9 @@ CALLED: dict[str, tuple[str, ...]] = {
     ),
     f"{_SCHEDULER}.handle_rpc_request": ("self", "recv_req"),
     f"{_SCHEDULER}.flush_cache": ("self", "empty_cache"),
+    f"{_SCHEDULER}.pause_generation": ("self", "recv_req"),
+    f"{_SCHEDULER}.continue_generation": ("self", "recv_req"),
+    f"{_SCHEDULER}.maybe_sleep_on_idle": ("self",),
     f"{_SCHEDULER}.is_fully_idle": ("self", "for_health_check"),
 }
 

@@ -10,6 +10,9 @@ import logging
 import time
 from typing import Any
 
+from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
 from prism_sgl import footprint
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
@@ -86,23 +89,28 @@ def _complete() -> tuple[RuntimeMemory, SafePoint]:
     return memory, memory.safe_point
 
 
-def prism_sleep(scheduler: Any, keep_weights: bool) -> None:
+def prism_sleep(scheduler: Any, keep_weights: bool, preempt: bool = False) -> None:
     """Drop KV and prefix cache; the weights stay in the image.
 
     ``keep_weights``: those on the device stay too, until neighbours ask for their pages, so that waking costs only
     what was taken. Else all is unmapped at once.
+    ``preempt``: running requests go back to the engine's queue and are answered further after the wake; their prompts
+    and what they have of their answers are prefilled again then.
 
     Raises:
-        BusyError: requests are in the engine. Nothing has changed.
+        BusyError: requests are in the engine, and ``preempt`` is not said. Nothing has changed.
     """
     memory, point = _complete()
     assert memory.weights is not None
     began = time.perf_counter()
     given_bytes = memory.pages_bytes()
     if not point.asleep:
-        if not scheduler.is_fully_idle():
+        if scheduler.is_fully_idle():
+            scheduler.flush_cache(empty_cache=False)
+        elif preempt:
+            _set_aside(scheduler)
+        else:
             raise BusyError("requests are in the engine")
-        scheduler.flush_cache(empty_cache=False)
         # Unmapping is not ordered by streams: nothing may be under way, nor the surplus step of an overlapped turn.
         memory.device.synchronize()
         if memory.arrival is not None:
@@ -121,6 +129,16 @@ def prism_sleep(scheduler: Any, keep_weights: bool) -> None:
         time.perf_counter() - began,
         memory.overhead,
     )
+
+
+def _set_aside(scheduler: Any) -> None:
+    """All that runs waits in the queue, and nothing is cached any more."""
+    # SGLang's own way for weights that change (srt/managers/scheduler.py:4465). Its pause would stop the loop in which
+    # a sleeper answers its neighbours, so that ends at once: asleep, nothing is admitted (safe_point.py).
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+    scheduler.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+    scheduler.tree_cache.evict(EvictParams(num_tokens=scheduler.tree_cache.evictable_size()))
+    log.info("sleep: %d requests wait for the wake", len(scheduler.waiting_queue))
 
 
 def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:

@@ -171,23 +171,23 @@ class Worker:
             match command:
                 case AskHello():
                     self.report(self.hello())
-                case Sleep(keep_weights=keep_weights):
-                    await self._sleep(keep_weights)
+                case Sleep(keep_weights=keep_weights, preempt=preempt):
+                    await self._sleep(keep_weights, preempt)
                 case Wake():
                     await self._wake()
                 case SetQuota(floor_bytes=floor, ceiling_bytes=ceiling):
                     await self.control.set_quota(floor, ceiling)
 
-    async def _sleep(self, keep_weights: bool) -> None:
+    async def _sleep(self, keep_weights: bool, preempt: bool) -> None:
         from prism_sgl.engine.control import SchedulerCallError
 
         runtime = self.spec.runtime
-        if self.bridge.running:
+        if self.bridge.running and not preempt:
             self.report(SleepRefused(runtime=runtime, reason="requests are being answered"))
             return
         self.bridge.awake = False
         try:
-            seconds = await self.control.sleep(keep_weights=keep_weights)
+            seconds = await self.control.sleep(keep_weights=keep_weights, preempt=preempt)
         except SchedulerCallError as refusal:
             self.bridge.awake = True
             self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
