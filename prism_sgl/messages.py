@@ -18,7 +18,7 @@ RuntimeId = NewType("RuntimeId", str)  # "<model>@<device>.<incarnation>"
 
 
 class RuntimeState(enum.StrEnum):
-    """States of a runtime; the table of legal moves stands in ``schedulers/state.py``."""
+    """States of a runtime; the table of legal moves stands in ``schedulers/records.py``."""
 
     COLD = "cold"
     STARTING = "starting"

@@ -72,7 +72,7 @@ class Watch:
     def step(self, world: World) -> None:
         controller = world.controller
         controller.check()
-        if self.plan.overhead_known and controller._lifecycle.supervisor_known:
+        if self.plan.overhead_known and controller._supervisor.known:
             for model in controller._fleet.models.values():
                 alone = self.plan.moves_itself or len(model.serving) <= 1
                 assert alone, "two runtimes serve a model that needs one"

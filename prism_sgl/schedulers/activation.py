@@ -14,26 +14,17 @@ from dataclasses import dataclass, field
 from prism_sgl.config import Config
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.admin import AdminDesk
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.grants import Shortage
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, kv_victims
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.pictures import Pictures, demand, is_busy
 from prism_sgl.schedulers.placement import Choice
+from prism_sgl.schedulers.records import ASLEEP, AWAKE, COLD, DRAINING, FAILED, Device, Model, Role, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.state import (
-    ASLEEP,
-    AWAKE,
-    COLD,
-    DRAINING,
-    FAILED,
-    Device,
-    Fleet,
-    Model,
-    Role,
-    Runtime,
-)
+from prism_sgl.schedulers.supervisor import SupervisorDesk
 from prism_sgl.units import show_size
 
 # A runtime that takes more KV than it gets for this long has a lasting need, not a burst.
@@ -71,6 +62,7 @@ class Activation:
         table: RequestTable,
         desk: RequestDesk,
         lifecycle: Lifecycle,
+        supervisor: SupervisorDesk,
         admin: AdminDesk,
         mover: Mover,
     ) -> None:
@@ -79,6 +71,7 @@ class Activation:
         self._table = table
         self._desk = desk
         self._lifecycle = lifecycle
+        self._supervisor = supervisor
         self._admin = admin
         self._mover = mover
         self._wants: dict[str, _Want] = {}
@@ -144,7 +137,7 @@ class Activation:
         """Make room and start or wake what now has it. Does nothing unless something that matters has changed."""
         for name in [name for name, at in self._retries.items() if at <= now]:
             self.consider(self._fleet.models[name], now)
-        if not self._lifecycle.supervisor_known:
+        if not self._supervisor.known:
             return
         is_calm = self._moves_seen == self._fleet.num_moves and not self._mover.has_news
         if is_calm and not self._dirty and now < self._look_at:

@@ -10,21 +10,11 @@ from dataclasses import dataclass
 
 from prism_sgl.messages import AdminReply, AskAdmin
 from prism_sgl.schedulers.events import Outbox
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.moves import Mover
+from prism_sgl.schedulers.records import ASLEEP, AWAKE, COLD, FAILED, STARTING, STOPPING, WAKING, Model, Role
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import (
-    ASLEEP,
-    AWAKE,
-    COLD,
-    FAILED,
-    STARTING,
-    STOPPING,
-    WAKING,
-    Fleet,
-    Model,
-    Role,
-)
 
 _MOST_ASKS = 64  # a model; more is a script gone wild
 

@@ -3,9 +3,9 @@
 The live router and the simulator drive the same Controller; only who supplies ``now`` (a monotonic clock in
 seconds) and who carries out the commands differs. Its parts, each owner of one structure: ``Fleet`` (models,
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
-``Lifecycle`` (dealings with supervisor and runtimes), ``AdminDesk`` (operators' asks), ``Activation`` (who wants to
-be awake, and whose memory makes room), ``Mover`` (models on their way to another device), ``Balancer`` (which of
-them shall move).
+``Lifecycle`` (commands to supervisor and runtimes), ``SupervisorDesk`` and ``RuntimeDesk`` (what those say),
+``AdminDesk`` (operators' asks), ``Activation`` (who wants to be awake, and whose memory makes room), ``Mover``
+(models on their way to another device), ``Balancer`` (which of them shall move).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
@@ -55,12 +55,14 @@ from prism_sgl.schedulers.events import (
     ToRuntime,
     ToSupervisor,
 )
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.grants import Granter
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.state import Fleet
+from prism_sgl.schedulers.runtimes import RuntimeDesk
+from prism_sgl.schedulers.supervisor import SupervisorDesk
 
 __all__ = [
     "Command",
@@ -89,11 +91,20 @@ class Controller:
         self._granter = Granter(config.scheduler, self._fleet, self._table, self._out)
         self._desk = RequestDesk(config, epoch, self._fleet, self._table, self._granter, self._out)
         drain_timeout_s = config.scheduler.move_drain_s
-        self._lifecycle = Lifecycle(drain_timeout_s, epoch, self._fleet, self._table, self._desk, self._out)
+        self._lifecycle = Lifecycle(drain_timeout_s, epoch, self._fleet, self._table, self._out)
+        self._supervisor = SupervisorDesk(epoch, self._fleet, self._desk, self._lifecycle, self._out)
+        self._runtimes = RuntimeDesk(self._fleet, self._table, self._desk, self._lifecycle, self._supervisor)
         self._mover = Mover(config.scheduler, self._fleet, self._lifecycle)
         self._admin = AdminDesk(self._fleet, self._table, self._lifecycle, self._mover, self._out)
         self._activation = Activation(
-            config, self._fleet, self._table, self._desk, self._lifecycle, self._admin, self._mover
+            config,
+            self._fleet,
+            self._table,
+            self._desk,
+            self._lifecycle,
+            self._supervisor,
+            self._admin,
+            self._mover,
         )
         self._balancer = Balancer(
             config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
@@ -126,9 +137,9 @@ class Controller:
     def next_tick(self, now: float) -> float | None:
         """Seconds until it must be called again though nothing happens; None if nothing is pending."""
         at = self._activation.next_at
-        if self._lifecycle.supervisor_known:
+        if self._supervisor.known:
             at = min(at, self._balancer.next_at)
-        if self._table or self._admin or self._fleet.leaving or not self._lifecycle.supervisor_known:
+        if self._table or self._admin or self._fleet.leaving or not self._supervisor.known:
             at = min(at, self._sweep_at)
         return None if at == math.inf else max(0.0, at - now)
 
@@ -141,7 +152,7 @@ class Controller:
         self._table.check()
         self._admin.check()
         self._mover.check()
-        if self._lifecycle.supervisor_known:
+        if self._supervisor.known:
             self._activation.check()
         assert not self._fleet.changed, "every change is settled before the event is over"
 
@@ -149,7 +160,7 @@ class Controller:
 
     def _from_api(self, api: str, message: ApiToRouter, now: float) -> None:
         if isinstance(message, ApiHello):
-            self._desk.hello(api, message, now, supervisor_known=self._lifecycle.supervisor_known)
+            self._desk.hello(api, message, now, supervisor_known=self._supervisor.known)
             return
         known = self._desk.knows(api, now)
         match message:
@@ -167,7 +178,7 @@ class Controller:
                 pass
 
     def _from_runtime(self, message: RuntimeToRouter, now: float) -> None:
-        runtime = self._lifecycle.find(message, now)
+        runtime = self._runtimes.find(message, now)
         match message:
             case Started():
                 self._desk.started(message, now)
@@ -179,26 +190,26 @@ class Controller:
             return
         match message:
             case Hello():
-                self._lifecycle.hello(runtime, message, now)
+                self._runtimes.hello(runtime, message, now)
             case Slept():
-                self._lifecycle.slept(runtime, message, now)
+                self._runtimes.slept(runtime, message, now)
             case SleepRefused():
-                self._lifecycle.sleep_refused(runtime, message, now)
+                self._runtimes.sleep_refused(runtime, message, now)
             case Woke():
-                self._lifecycle.woke(runtime, message, now)
+                self._runtimes.woke(runtime, message, now)
             case WakeFailed():
-                self._lifecycle.wake_failed(runtime, message, now)
+                self._runtimes.wake_failed(runtime, message, now)
             case Load():
-                self._lifecycle.load(runtime, message, now)
+                self._runtimes.load(runtime, message, now)
                 self._activation.kv_wanted(runtime, now)
 
     def _from_supervisor(self, message: SupervisorToRouter, now: float) -> None:
         match message:
             case SupervisorHello():
-                if self._lifecycle.supervisor_hello(message, now):
+                if self._supervisor.hello(message, now):
                     self._activation.preload(now)
             case RuntimeExited():
-                self._lifecycle.runtime_exited(message, now)
+                self._supervisor.exited(message, now)
 
     # ------------------------------------------------------------ after each event
 
@@ -206,13 +217,13 @@ class Controller:
         """Follow up what the event changed until nothing changes any more, then grant."""
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_S
-            if not self._lifecycle.supervisor_known:
-                self._lifecycle.ask_supervisor(now)
+            if not self._supervisor.known:
+                self._supervisor.ask(now)
             self._desk.sweep(now)
             self._lifecycle.end_leavers(now)
             for api in self._desk.forget_silent(now):
                 self._admin.forget_api(api)
-        if self._lifecycle.supervisor_known:
+        if self._supervisor.known:
             self._balancer.run(now)
         while True:
             while self._fleet.changed:

@@ -17,8 +17,9 @@ from prism_sgl.config import SchedulerConfig
 from prism_sgl.messages import Due, Grant
 from prism_sgl.schedulers import dispatch
 from prism_sgl.schedulers.events import Outbox
+from prism_sgl.schedulers.fleet import Fleet
+from prism_sgl.schedulers.records import Device, Model, Phase, Request, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import Device, Fleet, Model, Phase, Request, Runtime
 
 # Two more than the engine runs at once: the next ones are there when one ends, the rest stay here, where they
 # can still be ordered, abandoned, or kept for a model that takes turns.

@@ -6,7 +6,7 @@
 4. the source has answered what it had, or its deadline is over: it is stopped, or sleeps as the model's spare.
 
 If the target does not come up, the source has never stopped serving; the model stays where it is for a while. If the
-source dies, the target becomes the home at once, and what is queued waits for it (lifecycle.py). A router that starts
+source dies, the target becomes the home at once, and what is queued waits for it (supervisor.py). A router that starts
 anew knows nothing of moves: it finds two runtimes, and the rule for adoption ends at step 3.
 """
 
@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from prism_sgl.config import SchedulerConfig
 from prism_sgl.messages import RuntimeId
 from prism_sgl.schedulers import placement
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Verdict, find_room
 from prism_sgl.schedulers.pictures import Pictures, demand
-from prism_sgl.schedulers.state import ASLEEP, AWAKE, DRAINING, STOPPING, Device, Fleet, Model, Role, Runtime
+from prism_sgl.schedulers.records import ASLEEP, AWAKE, DRAINING, STOPPING, Device, Model, Role, Runtime
 
 # A model that has moved stays for this part of the window: what is measured of it is then mostly of its new place.
 _COOL_DOWN = 0.5

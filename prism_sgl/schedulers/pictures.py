@@ -9,10 +9,11 @@ import math
 from dataclasses import replace
 
 from prism_sgl.schedulers import placement
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.memory_plan import Resident, Tally
 from prism_sgl.schedulers.placement import Demand, Place
+from prism_sgl.schedulers.records import AWAKE, DRAINING, STOPPING, Device, Model, Role, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import AWAKE, DRAINING, STOPPING, Device, Fleet, Model, Role, Runtime
 
 
 def is_busy(runtime: Runtime, table: RequestTable) -> bool:

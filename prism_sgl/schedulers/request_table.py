@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from prism_sgl.messages import RequestId, RuntimeId
-from prism_sgl.schedulers.state import Phase, Request
+from prism_sgl.schedulers.records import Phase, Request
 
 # Ends are remembered so that a repeated Submit or a late ApiHello does not bring a finished request back to
 # life. At 1000 requests/s this is 16 s, far longer than a message travels.

@@ -20,9 +20,10 @@ from prism_sgl.messages import (
 )
 from prism_sgl.schedulers.dispatch import TIERS
 from prism_sgl.schedulers.events import Outbox
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.grants import Granter
+from prism_sgl.schedulers.records import FAILED, Model, Phase, Request, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import FAILED, Fleet, Model, Phase, Request, Runtime
 
 # api_servers beat once a second; half a minute is longer than any pause of a machine that is not lost.
 _API_SILENT_S = 30.0
@@ -31,7 +32,7 @@ _REPEAT_GRANT_S = 10.0
 # A runtime says that nothing is in flight: requests that started longer ago than this are over.
 _RECONCILE_S = 10.0
 _MOST_STRANGERS = 1024
-# A model that failed is tried again by a new request after this (lifecycle.py).
+# A model that failed is tried again by a new request after this (supervisor.py).
 RETRY_FAILED_S = 60.0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prism_sgl.messages import DeviceStatus, ModelStatus, RuntimeStatus, Status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.balancer import Balancer
+from prism_sgl.schedulers.fleet import Fleet
+from prism_sgl.schedulers.records import COLD, FAILED, STARTING, WAKING, Model
 from prism_sgl.schedulers.request_table import RequestTable
-from prism_sgl.schedulers.state import COLD, FAILED, STARTING, WAKING, Fleet, Model
 
 _SILENT_S = 10.0  # runtimes beat once a second; the supervisor, not this, decides that one is dead
 

@@ -19,7 +19,8 @@ from prism_sgl.messages import (
     StopRuntime,
     SupervisorHello,
 )
-from prism_sgl.schedulers.state import LEGAL_MOVES, Fleet
+from prism_sgl.schedulers.fleet import Fleet
+from prism_sgl.schedulers.records import LEGAL_MOVES
 from tests.schedulers.by_hand import ByHand, config, facts, granted, model, of, refusals, started_models
 
 OLD = RuntimeId("chat@host0.1-1")

@@ -23,7 +23,7 @@ from prism_sgl.messages import (
     Woke,
 )
 from prism_sgl.schedulers.controller import Command
-from prism_sgl.schedulers.state import Role
+from prism_sgl.schedulers.records import Role
 from tests.schedulers.by_hand import MIB, ByHand, config, facts, granted, model, of, replies, started_models
 
 OLD, NEW = RuntimeId("chat@host0.1-1"), RuntimeId("chat@host1.1-2")
