@@ -117,7 +117,11 @@ class Activation:
                 model.start_wanted = True
         else:
             self._retries.pop(model.name, None)
-        urgent = bool(self._table.queued(model.name)) or self._admin.wants_awake(model)
+        urgent = (
+            bool(self._table.queued(model.name))
+            or self._admin.wants_awake(model)
+            or (state is ASLEEP and bool(self._table.running(model.runtime.id)))
+        )
         wanted = (urgent and state is ASLEEP) or ((urgent or model.start_wanted) and state in (COLD, FAILED))
         want = self._wants.get(model.name)
         if not wanted:
@@ -153,7 +157,7 @@ class Activation:
         self._mover.make_room(seen.pictures, now)
         if self._limits.spares and not self._wants:
             self._mover.start_spare(seen.pictures, now)
-        self._call_off_turns(now)
+        self._follow_turns(now)
 
     def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:
         if seen.now < model.not_before:
@@ -216,16 +220,23 @@ class Activation:
             runtime = device.residents[name]
             if runtime.role is Role.HOME:
                 self._turns[name] = wanting.name
-            self._lifecycle.give_way(runtime, now, f"{wish} and has waited its time")
+            # Its answers have as long to end as the other has waited; then they wait for its next turn.
+            preempt_at = now + self._limits.max_wait_s
+            self._lifecycle.give_way(runtime, now, f"{wish} and has waited its time", preempt_at=preempt_at)
 
-    def _call_off_turns(self, now: float) -> None:
+    def _follow_turns(self, now: float) -> None:
         for victim, wanting in list(self._turns.items()):
-            runtime = self._fleet.models[victim].runtime
+            model = self._fleet.models[victim]
+            runtime = model.runtime
             if runtime.state is not DRAINING or runtime.sleep_sent_at is not None:
                 del self._turns[victim]
             elif wanting not in self._wants:
                 del self._turns[victim]
                 self._lifecycle.call_off_drain(runtime, now)
+            elif now >= runtime.preempt_at:
+                self._lifecycle.settle(model, now)
+            else:
+                self._look_at = min(self._look_at, runtime.preempt_at)
 
     # ------------------------------------------------------------ memory of others
 
@@ -337,7 +348,6 @@ class Activation:
         for name in self._wants:
             assert self._fleet.models[name].runtime.state in (COLD, FAILED, ASLEEP)
         for name, model in self._fleet.models.items():
-            waits = self._table.queued(name) and model.runtime.state in (COLD, FAILED, ASLEEP)
-            assert not waits or name in self._wants, (
-                "a queued request of a sleeping model is wanted by nobody"
-            )
+            held = self._table.queued(name) or self._table.running(model.runtime.id)
+            waits = held and model.runtime.state in (COLD, FAILED, ASLEEP)
+            assert not waits or name in self._wants, "a request of a sleeping model is wanted by nobody"

@@ -7,6 +7,7 @@ or a wake may take, so that no two models are woken into the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 
 from prism_sgl.config import Config
@@ -223,6 +224,7 @@ class Fleet:
         self.num_moves += 1
         runtime.state, runtime.since = state, now
         runtime.sleep_sent_at = runtime.wake_sent_at = None
+        runtime.preempt_at = math.inf
         if state in _MAPPED:
             runtime.mapped = True
         elif state is not STOPPING:  # a runtime that stops holds what it held until it has exited

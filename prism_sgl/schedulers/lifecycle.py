@@ -75,13 +75,23 @@ class Lifecycle:
         self._fleet.move(runtime, WAKING, now, why)
         self.send_wake(runtime, now)
 
-    def drain(self, runtime: Runtime, now: float, why: str, *, keep_weights: bool = False) -> None:
+    def drain(
+        self,
+        runtime: Runtime,
+        now: float,
+        why: str,
+        *,
+        keep_weights: bool = False,
+        preempt_at: float = math.inf,
+    ) -> None:
         """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is.
 
         ``keep_weights`` where neighbours want the room: they take what they need of it (messages.Sleep).
+        ``preempt_at``: from then on it sleeps with what is in flight, which goes on when it is awake again.
         """
         runtime.keep_weights = keep_weights
         self._fleet.move(runtime, DRAINING, now, why)
+        runtime.preempt_at = preempt_at
         self._settle_drained(runtime, now)
 
     def retire(self, runtime: Runtime, now: float, why: str, *, keep: bool = False) -> None:
@@ -92,10 +102,10 @@ class Lifecycle:
             self._fleet.move(runtime, DRAINING, now, why)
         self._settle_drained(runtime, now)
 
-    def give_way(self, runtime: Runtime, now: float, why: str) -> None:
+    def give_way(self, runtime: Runtime, now: float, why: str, *, preempt_at: float = math.inf) -> None:
         """Its memory is wanted by another: a home sleeps, any other is stopped."""
         if runtime.role is Role.HOME:
-            self.drain(runtime, now, why, keep_weights=True)
+            self.drain(runtime, now, why, keep_weights=True, preempt_at=preempt_at)
         else:
             self.retire(runtime, now, why)
 
@@ -112,7 +122,7 @@ class Lifecycle:
         elif (
             runtime.state is DRAINING
             and runtime.sleep_sent_at is None
-            and not self._table.running(runtime.id)
+            and (now >= runtime.preempt_at or not self._table.running(runtime.id))
         ):
             self.send_sleep(runtime, now)
 
@@ -149,7 +159,10 @@ class Lifecycle:
     def send_sleep(self, runtime: Runtime, now: float) -> None:
         assert runtime.id is not None
         runtime.sleep_sent_at = now
-        self._out.runtime(runtime.id, Sleep(runtime=runtime.id, keep_weights=runtime.keep_weights))
+        sleep = Sleep(
+            runtime=runtime.id, keep_weights=runtime.keep_weights, preempt=now >= runtime.preempt_at
+        )
+        self._out.runtime(runtime.id, sleep)
 
     def send_wake(self, runtime: Runtime, now: float) -> None:
         assert runtime.id is not None

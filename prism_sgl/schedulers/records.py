@@ -81,6 +81,7 @@ class Request:
     ahead_us: int = 0  # what its runtime had to prefill before it
     prefill_s: float | None = None  # measured, and not yet told to the model's estimate
     ttft_s: float = 0.0  # from when its runtime took it up
+    is_aside: bool = False  # its runtime slept meanwhile: it fills no window, and its times tell nothing
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +106,7 @@ class Runtime:
     heard_at: float = 0.0
     sleep_sent_at: float | None = None
     keep_weights: bool = False  # what its next Sleep says
+    preempt_at: float = math.inf  # from then on its drain does not wait for what is in flight
     wake_sent_at: float | None = None
     wanted_since: float | None = None  # it takes more KV than it gets since then
     weights_bytes: int = 0

@@ -21,9 +21,9 @@ class RequestTable:
     """Owner of all live requests.
 
     Invariants: a request is either in the queue of its model or in flight on one runtime, never in both; an id
-    is live once; ``unanswered`` holds exactly those in flight whose first token is not out; ``kv_tokens`` of a
-    runtime is the sum over those in flight there, ``needed_us`` of a runtime and ``tokens_us`` of a device are sums
-    over their unanswered ones.
+    is live once; ``unanswered`` holds exactly those in flight whose first token is not out, but for those that were
+    set aside; ``kv_tokens`` of a runtime is the sum over those in flight there, ``needed_us`` of a runtime and
+    ``tokens_us`` of a device are sums over their unanswered ones.
     """
 
     def __init__(self, activation_timeout_s: float) -> None:
@@ -116,8 +116,16 @@ class RequestTable:
 
     def first_token(self, request: Request, now: float) -> None:
         if request.phase in (Phase.GRANTED, Phase.STARTED):
-            self._answered(request)
+            if not request.is_aside:
+                self._answered(request)
             request.phase, request.since = Phase.ANSWERING, now
+
+    def set_aside(self, runtime: RuntimeId) -> None:
+        """It sleeps with what is in flight there: that fills nobody's window meanwhile."""
+        for request in self.running(runtime).values():
+            if request.phase is not Phase.ANSWERING and not request.is_aside:
+                self._answered(request)
+            request.is_aside = True
 
     def forget(self, request: Request) -> None:
         """It is over, or will be submitted again."""
@@ -130,7 +138,7 @@ class RequestTable:
             assert request.runtime is not None
             self._take(self._running, request.runtime, request)
             _subtract(self._kv_tokens, request.runtime, request.kv_tokens)
-            if request.phase is not Phase.ANSWERING:
+            if request.phase is not Phase.ANSWERING and not request.is_aside:
                 self._answered(request)
         request.phase = Phase.OVER
 
@@ -192,10 +200,11 @@ class RequestTable:
             assert request.id == number
             assert 1 <= request.attempt <= 2
             assert (request.phase is Phase.QUEUED) == (number in queued)
-            assert (number in waiting) == (request.phase in (Phase.GRANTED, Phase.STARTED))
+            has_window = request.phase in (Phase.GRANTED, Phase.STARTED) and not request.is_aside
+            assert (number in waiting) == has_window
             assert request.api is None or number in self._by_api[request.api]
         flying_requests = [request for running in self._running.values() for request in running.values()]
-        unanswered = [request for request in flying_requests if request.phase is not Phase.ANSWERING]
+        unanswered = [request for request in flying_requests if request.id in waiting]
         assert self._kv_tokens == _sums(flying_requests, "runtime", "kv_tokens")
         assert self._needed_us == _sums(unanswered, "runtime", "needed_us")
         assert self._tokens_us == _sums(unanswered, "device", "tokens_us")

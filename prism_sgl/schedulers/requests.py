@@ -207,7 +207,7 @@ class RequestDesk:
         if request is None or request.phase is Phase.ANSWERING:
             return
         request.ttft_s = message.ttft_s
-        if request.prompt_tokens > 0:
+        if request.prompt_tokens > 0 and not request.is_aside:
             latency = self._fleet.models[request.model].latency
             # The engine worked on those before it meanwhile; of all that time it is charged its own share.
             total_us = request.needed_us + request.ahead_us
@@ -243,8 +243,8 @@ class RequestDesk:
 
     def _learn_load(self, request: Request, message: Finished) -> None:
         device = self._fleet.devices.get(request.device or "")
-        if device is None or request.prompt_tokens <= 0:
-            return  # of an earlier router: when it began is not known
+        if device is None or request.prompt_tokens <= 0 or request.is_aside:
+            return  # when it began is not known (an earlier router granted it), or it was set aside
         sharers = sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
         self._fleet.models[request.model].load.answered(
             message.total_s,

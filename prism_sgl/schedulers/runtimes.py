@@ -84,6 +84,7 @@ class RuntimeDesk:
         if runtime.state is not DRAINING or runtime.sleep_sent_at is None:
             return  # said twice
         model.sleeps, model.last_sleep_s = model.sleeps + 1, message.seconds
+        self._table.set_aside(message.runtime)
         self._fleet.move(runtime, ASLEEP, now, f"{model.reason}; slept in {message.seconds:.3f} s")
 
     def sleep_refused(self, runtime: Runtime, message: SleepRefused, now: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prism_sgl.messages import (
@@ -54,6 +56,7 @@ class VirtualRuntime:
         self._commands: list[object] = []
         self._obeying = False
         self._prefill_free_at = 0.0
+        self._aside: list[Callable[[], None]] = []  # what was due while it slept
 
     # ------------------------------------------------------------ life
 
@@ -125,23 +128,23 @@ class VirtualRuntime:
             match self._commands.pop(0):
                 case AskHello():
                     self._say_hello()
-                case Sleep() if self.running:
+                case Sleep(preempt=False) if self.running:
                     busy = SleepRefused(runtime=self.id, reason="requests are being answered")
                     self._world.from_runtime(self.id, busy)
-                case Sleep():
+                case Sleep(preempt=preempt):
                     self._obeying = True
-                    self._world.after(costs.sleep_s, self._slept)
+                    self._world.after(costs.sleep_s, partial(self._slept, preempt))
                 case Wake():
                     self._obeying = True
                     if self.state is not RuntimeState.AWAKE:
                         self.state = RuntimeState.WAKING
                     self._world.after(costs.wake_s, self._woke)
 
-    def _slept(self) -> None:
+    def _slept(self, preempt: bool) -> None:
         if not self.alive:
             return
         self._obeying = False
-        if self.running:
+        if self.running and not preempt:
             busy = SleepRefused(runtime=self.id, reason="a request came in")
             self._world.from_runtime(self.id, busy)
         else:
@@ -159,6 +162,9 @@ class VirtualRuntime:
         if reason is None and self._map():
             self.state = RuntimeState.AWAKE
             self._world.from_runtime(self.id, Woke(runtime=self.id, seconds=self._world.costs.wake_s))
+            aside, self._aside = self._aside, []
+            for go_on in aside:  # prompts and answers so far are prefilled again
+                self._world.after(self._world.costs.prefill_s, partial(self._when_awake, go_on))
         else:
             self.state = RuntimeState.ASLEEP
             failed = WakeFailed(runtime=self.id, reason=reason or "shortage", shortage=reason is None)
@@ -184,14 +190,23 @@ class VirtualRuntime:
         self._prefill_free_at = first_at
 
         def first() -> None:
-            if self.alive and key in self.running:
+            if key in self.running:
                 ttft_s = world.now - taken_at
                 token = FirstToken(runtime=self.id, request=key.request, attempt=key.attempt, ttft_s=ttft_s)
                 world.from_runtime(self.id, token)
                 world.answered(api, self.id, key.request, key.attempt, "first")
-                world.after(costs.decode_s_per_token * new_tokens, lambda: self._end(api, key, "ok"))
+                decode_s = costs.decode_s_per_token * new_tokens
+                world.after(decode_s, lambda: self._when_awake(lambda: self._end(api, key, "ok")))
 
-        world.after(first_at - world.now, first)
+        world.after(first_at - world.now, lambda: self._when_awake(first))
+
+    def _when_awake(self, action: Callable[[], None]) -> None:
+        if not self.alive:
+            return
+        if self.state is RuntimeState.AWAKE:
+            action()
+        else:
+            self._aside.append(action)
 
     def cancel(self, key: RequestKey) -> None:
         self._seen.add(key)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from prism_sgl.messages import Sleep, SleepRefused, WakeFailed
+from prism_sgl.messages import (
+    ApiHello,
+    Hello,
+    Lost,
+    RequestId,
+    RequestKey,
+    RuntimeState,
+    Sleep,
+    SleepRefused,
+    SupervisorHello,
+    WakeFailed,
+)
 from tests.schedulers.by_hand import (
     MIB,
     ByHand,
@@ -101,6 +112,60 @@ def test_busy_models_take_turns_when_a_request_has_waited_long_enough() -> None:
     assert granted(router.woke("third")) == ["c"]
     router.wait(11)  # now the held one's turn is due
     assert router.state("code").state == "draining" or router.state("third").state == "draining"
+
+
+def test_answers_that_do_not_end_in_time_wait_for_the_next_turn() -> None:
+    router = ByHand(config(model("chat"), model("code", preload=False), budget_mib=300, max_wait_s=10.0))
+    router.start_all()
+    router.submit("long", "chat")
+    router.submit("unanswered", "chat")
+    router.first_token("long", "chat")
+    router.submit("b", "code")
+    router.wait(10.5)
+    assert router.state("chat").state == "draining"
+    assert of(router.wait(9), Sleep) == []
+    (sleep,) = of(router.wait(1.5), Sleep)
+    assert sleep.preempt and sleep.keep_weights
+    assert started_models(router.slept(router.id("chat"))) == ["code"]
+    assert granted(router.hello("code")) == ["b"], "what waits in a sleeping engine fills no window"
+    router.first_token("b", "code")
+    # Its turn comes as the other's did: it waits, the other drains, and is set aside.
+    router.wait(10.5)
+    assert router.state("code").state == "draining"
+    assert slept_models(router.finish("b", "code")) == ["code"]
+    assert woken_models(router.slept(router.id("code"))) == ["chat"]
+    router.woke("chat")
+    router.first_token("unanswered", "chat")
+    router.finish("long", "chat")
+    router.finish("unanswered", "chat")
+    assert router.state("chat").in_flight == 0
+
+
+def test_set_aside_requests_of_a_runtime_that_dies_asleep_are_lost_like_others() -> None:
+    router = ByHand(config(model("chat"), model("code", preload=False), budget_mib=300, max_wait_s=10.0))
+    router.start_all()
+    router.submit("long", "chat")
+    router.submit("b", "code")
+    router.wait(21)
+    router.slept(router.id("chat"))
+    assert [lost.request for lost in of(router.exit("chat"), Lost)] == ["long"]
+
+
+def test_router_that_starts_anew_wakes_whoever_has_requests_set_aside() -> None:
+    old = ByHand(config(model("chat")))
+    old.start_all()
+    new = ByHand(config(model("chat")), epoch=2, hello=False)
+    new.api(ApiHello(api="api", granted=[(RequestKey(RequestId("long"), 1), old.id("chat"))]))
+    new.supervisor(SupervisorHello(alive=[old.id("chat")]))
+    told = Hello(
+        runtime=old.id("chat"),
+        model="chat",
+        device="host0",
+        state=RuntimeState.ASLEEP,
+        facts=facts(),
+        running=[RequestKey(RequestId("long"), 1)],
+    )
+    assert woken_models(new.runtime(told)) == ["chat"]
 
 
 def test_turn_falls_on_the_lowest_priority() -> None:

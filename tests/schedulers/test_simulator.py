@@ -38,6 +38,18 @@ def test_three_busy_models_share_the_room_of_two() -> None:
     assert w.held_bytes("host0") <= 600 << 20
 
 
+def test_answers_of_minutes_hold_nobody_up_for_longer_than_their_turn() -> None:
+    """Two of three fit. All have an answer of five minutes; who waits gets a turn after 10 s, then 10 s for answers."""
+    w = world()
+    w.run(60.0)
+    names = ("chat", "code", "third")
+    clients = [w.apis["api0"].request(f"r{i}", name, new_tokens=30_000) for i, name in enumerate(names)]
+    w.run(85.0)
+    assert all(client.first_at is not None for client in clients)
+    w.run(1500.0)
+    assert all(client.ends == ["ok"] for client in clients)
+
+
 def test_router_restart_loses_and_doubles_nothing() -> None:
     w = world()
     w.run(60.0)

@@ -84,6 +84,17 @@ class Engine:
         for device in self.devices:
             device.release(self, device.held_by(self) - keep_bytes)
 
+    def set_aside(self) -> list[Job]:
+        """Take all requests out, to be submitted again: their prompts and what is written are prefilled anew then."""
+        if self._doing is Doing.DECODE:
+            self._account()
+            self._count_steps(min(self._burst, int(self._done_s / self._burst_step_s)))
+        jobs = [*self._prefilling, *self.waiting]
+        while self._batch.size:
+            jobs.append(self._batch.retract())
+        self.stop()
+        return [job for job in jobs if not job.cancelled]
+
     def stop(self) -> None:
         """All requests are gone, and the KV that they held beyond the least."""
         self._stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 from prism_sgl.messages import (
@@ -70,6 +71,10 @@ class Computes(Protocol):
     def open(self) -> None: ...
     def close(self, keep_bytes: int) -> None: ...
     def abort(self) -> None: ...
+    def set_aside(self) -> list[Job] | None:
+        """All requests, taken out; None if it can't."""
+        ...
+
     def submit(self, job: Job) -> bool:
         """False: it waits for the same request of other parts."""
         ...
@@ -103,6 +108,7 @@ class ReplayRuntime:
         self._num_wakes = 0
         self._seen: set[RequestKey] = set()
         self._jobs: dict[RequestKey, Job] = {}
+        self._aside: list[Job] = []  # they wait for the wake
 
     @property
     def held_bytes(self) -> int:
@@ -131,6 +137,7 @@ class ReplayRuntime:
         self._device.drop_claim(self._engine.owner)
         self._device.lose_kept(self._engine.owner)
         self._jobs.clear()
+        self._aside.clear()
         self._engine.abort()
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
@@ -178,24 +185,26 @@ class ReplayRuntime:
             match self._commands.popleft():
                 case AskHello():
                     self._say_hello()
-                case Sleep() if self._jobs:
+                case Sleep(preempt=False) if self._jobs and self._state is not RuntimeState.ASLEEP:
                     self._say(SleepRefused(runtime=self.id, reason="requests are being answered"))
                 case Sleep() if self._state is RuntimeState.ASLEEP:
                     self._say(Slept(runtime=self.id, seconds=0.0))
-                case Sleep(keep_weights=keep):
+                case Sleep(keep_weights=keep, preempt=preempt):
                     self._obeying, self._keep = True, keep
-                    self._after(self._costs.sleep_s, self._slept)
+                    self._after(self._costs.sleep_s, partial(self._slept, preempt))
                 case Wake() if self._state is RuntimeState.AWAKE:
                     self._say(Woke(runtime=self.id, seconds=0.0))
                 case Wake():
                     self._obeying = True
                     self._wake()
 
-    def _slept(self) -> None:
+    def _slept(self, preempt: bool) -> None:
         self._obeying = False
-        if self._jobs:
+        aside = self._engine.set_aside() if preempt and self._jobs else []
+        if aside is None or (self._jobs and not preempt):
             self._say(SleepRefused(runtime=self.id, reason="a request came in"))
         else:
+            self._aside += aside
             self._state = RuntimeState.ASLEEP
             self._engine.close(self._costs.asleep_bytes)
             if self._keep:
@@ -230,6 +239,9 @@ class ReplayRuntime:
             return
         self._obeying, self._state = False, RuntimeState.AWAKE
         self._engine.open()
+        aside, self._aside = self._aside, []
+        for job in aside:
+            self._engine.submit(job)
         self._say(Woke(runtime=self.id, seconds=seconds))
         self._obey()
 
@@ -261,7 +273,11 @@ class ReplayRuntime:
         self._after(self._costs.latency_s, lambda: self._submit(key, job))
 
     def _submit(self, key: RequestKey, job: Job) -> None:
-        if key in self._jobs and not self._engine.submit(job):
+        if key not in self._jobs:
+            return
+        if self._state is not RuntimeState.AWAKE:
+            self._aside.append(job)
+        elif not self._engine.submit(job):
             # Parts may be granted requests in different orders; so none of them may fill a window while it waits for
             # the others. No time is told, for there is nothing to be learned from it.
             waits = FirstToken(runtime=self.id, request=key.request, attempt=key.attempt, ttft_s=-1.0)
@@ -270,7 +286,10 @@ class ReplayRuntime:
     def cancel(self, key: RequestKey) -> None:
         self._seen.add(key)
         if (job := self._jobs.get(key)) is not None:
-            self._engine.cancel(job)
+            if job in self._aside:
+                self._aside.remove(job)
+            else:
+                self._engine.cancel(job)
             self._over(key, "cancelled", self._world.now, job.prompt_tokens, job.written)
 
     def _over(self, key: RequestKey, outcome: str, began: float, prompt: int, written: int) -> None:

@@ -141,6 +141,9 @@ class Part:
     def close(self, keep_bytes: int) -> None:
         self._gang.part_asleep(self._number, keep_bytes)
 
+    def set_aside(self) -> list[Job] | None:
+        return None  # the other parts would go on without it
+
     def abort(self) -> None:
         self._gang.abort(self._number)
 
