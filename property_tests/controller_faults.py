@@ -57,6 +57,7 @@ class Plan:
     kills_of_movers: int  # deaths of a source or a target while its model has two runtimes
     spares: bool  # models sleep on a second device too
     moves_itself: bool  # rates and SLOs for which the controller moves models and makes replicas
+    long_answers: bool  # some last longer than a turn, and than a move waits
     fault_s: float = 60.0
 
 
@@ -110,6 +111,10 @@ class Watch:
                 self.refused.add((world.epoch, request))
             case Lost(request=request, attempt=attempt):
                 self.lost.add((world.epoch, request, attempt))
+
+
+def _calm_s(plan: Plan) -> float:
+    return 800.0 if plan.long_answers else 400.0
 
 
 def _epoch(runtime: RuntimeId | None) -> int:
@@ -192,7 +197,7 @@ def run_plan(plan: Plan) -> World:
     _schedule(plan, world, random)
     world.run(plan.fault_s)
     calm = True
-    world.run(plan.fault_s + 400.0)
+    world.run(plan.fault_s + _calm_s(plan))
     _check_end(plan, world)
     return world
 
@@ -225,6 +230,8 @@ def _schedule(plan: Plan, world: World, random: Random) -> None:
         api = world.apis[random.choice(APIS)]
         model = f"m{random.randrange(plan.num_models)}"
         tokens = (random.randrange(1, 500), random.randrange(1, 60))
+        if plan.long_answers and random.random() < 0.3:
+            tokens = (tokens[0], random.randrange(400, 1200))  # longer than a turn
         at, priority = random.uniform(0, plan.fault_s), random.choice((0, 0, 0, 1))
         request = RequestId(f"r{number}")
         world.after(at, lambda a=api, r=request, m=model, t=tokens, p=priority: a.request(r, m, *t, p))  # type: ignore[misc]
@@ -245,10 +252,11 @@ def _check_end(plan: Plan, world: World) -> None:
             assert client.refusal is not None
             assert client.refusal.code in ("model_failed", "queue_full", "no_room")
         if end == "error":
-            faults = plan.num_kills or plan.kills_of_movers or plan.wakes_fail
+            cut_off = plan.long_answers and (plan.num_moves or plan.moves_itself or plan.num_router_restarts)
+            faults = plan.num_kills or plan.kills_of_movers or plan.wakes_fail or cut_off
             assert faults, "an error needs a fault"
         assert client.ended_at is not None
-        assert client.ended_at < plan.fault_s + 200, f"{client.id} of {client.model} starved"
+        assert client.ended_at < plan.fault_s + _calm_s(plan) / 2, f"{client.id} of {client.model} starved"
     assert len(world.controller._table) == 0
     for model in world.controller.status(world.now).models:
         assert model.queued == 0
@@ -264,6 +272,6 @@ def _check_end(plan: Plan, world: World) -> None:
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
     world = run_plan(
-        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True, True)
+        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True, True, True)
     )
     print(world.log.hexdigest())

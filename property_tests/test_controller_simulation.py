@@ -35,6 +35,7 @@ plans = st.builds(
     kills_of_movers=st.integers(0, 4),
     spares=st.booleans(),
     moves_itself=st.booleans(),
+    long_answers=st.sampled_from((False, False, True)),
 )
 
 
