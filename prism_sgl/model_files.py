@@ -27,18 +27,6 @@ _DTYPE_BYTES = {
     "fp8_e5m2": 1,
 }
 _FLOAT_TENSORS = frozenset({"F64", "F32", "F16", "BF16"})  # stored so, but held in the engine's dtype
-_TENSOR_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-}
 _MAX_HEADER_BYTES = 256 << 20
 
 
@@ -62,7 +50,10 @@ def read_facts(path: Path, engine_args: Mapping[str, object]) -> ModelFacts:
     config: dict[str, Any] = {**outer, **inner} if isinstance(inner, dict) else outer
     dtype_bytes = _dtype_bytes(config, engine_args)
     return ModelFacts(
-        weights_bytes=round_up(_weights_bytes(path, dtype_bytes), GRANULE_BYTES),
+        # Of a quantised model SGLang keeps the scales and what was left out as they are stored.
+        weights_bytes=round_up(
+            _weights_bytes(path, None if "quantization_config" in config else dtype_bytes), GRANULE_BYTES
+        ),
         kv_bytes_per_token=_kv_bytes_per_token(config, engine_args, dtype_bytes),
         context_tokens=_positive(engine_args.get("context_length"))
         or _positive(config.get("max_position_embeddings")),
@@ -92,7 +83,8 @@ def _kv_bytes_per_token(
     return layers * 2 * kv_heads * head_dim * _DTYPE_BYTES.get(kv_dtype, dtype_bytes)
 
 
-def _weights_bytes(folder: Path, dtype_bytes: int) -> int:
+def _weights_bytes(folder: Path, dtype_bytes: int | None) -> int:
+    """``dtype_bytes`` of a number in the engine; None: as in the file."""
     files = _weight_files(folder)
     if files:
         return sum(_tensor_bytes(file, dtype_bytes) for file in files)
@@ -110,7 +102,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("consolidated"))
 
 
-def _tensor_bytes(file: Path, dtype_bytes: int) -> int:
+def _tensor_bytes(file: Path, dtype_bytes: int | None) -> int:
     total = 0
     for name, tensor in _safetensors_header(file).items():
         if name == "__metadata__":
@@ -118,8 +110,8 @@ def _tensor_bytes(file: Path, dtype_bytes: int) -> int:
         try:
             dtype, shape = tensor["dtype"], tensor["shape"]
             begin, end = tensor["data_offsets"]
-            if dtype in _FLOAT_TENSORS:
-                total += math.prod(shape) * min(dtype_bytes, _TENSOR_BYTES[dtype])
+            if dtype in _FLOAT_TENSORS and dtype_bytes is not None:
+                total += math.prod(shape) * dtype_bytes
             else:
                 total += end - begin
         except (KeyError, TypeError, ValueError) as error:

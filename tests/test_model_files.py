@@ -42,9 +42,17 @@ def test_float32_files_are_held_in_half_unless_float32_is_asked_for(folder: Path
     assert read_facts(folder, {"dtype": "float32"}).kv_bytes_per_token == 46080
 
 
+def test_half_files_are_held_in_float32_where_that_is_asked_for(folder: Path) -> None:
+    write_safetensors(folder / "model.safetensors", {"w": ("BF16", [2 * MIB], 4 * MIB)})
+    assert read_facts(folder, {}).weights_bytes == 4 * MIB
+    assert read_facts(folder, {"dtype": "float32"}).weights_bytes == 8 * MIB
+
+
 def test_quantised_tensors_count_as_stored(folder: Path) -> None:
-    write_safetensors(folder / "model.safetensors", {"w": ("I8", [6 * MIB], 6 * MIB)})
-    assert read_facts(folder, {}).weights_bytes == 6 * MIB
+    tensors = {"w": ("I8", [6 * MIB], 6 * MIB), "scale": ("F32", [MIB // 2], 2 * MIB)}
+    write_safetensors(folder / "model.safetensors", tensors)
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    assert read_facts(folder, {}).weights_bytes == 8 * MIB
 
 
 def test_only_files_of_the_index_count(folder: Path) -> None:
