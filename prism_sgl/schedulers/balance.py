@@ -1,7 +1,7 @@
 """Global pass, pure: which models to move so that the most pressed device is pressed less.
 
 A step is one model's move, or two models that change places. It is taken if the larger pressure of the two devices
-falls by ``gain`` of what the source has now, and by what the step costs; so a fleet without an imbalance, or one whose
+falls by ``gain`` of what the source has now, by more than may be chance (sides.py), and by what the step costs; so a fleet without an imbalance, or one whose
 imbalance no step can mend, stays as it is. When steps lead no further, bisection says what a new placement of all
 would reach, and it is taken if it differs from the present one in no more models than may move in one pass.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from prism_sgl.schedulers.placement import Place, pack
 from prism_sgl.schedulers.replicas import replica_steps
-from prism_sgl.schedulers.sides import Pressure, Serving, Side, Step, number, sides_of
+from prism_sgl.schedulers.sides import Pressure, Serving, Side, Step, enough, number, sides_of
 
 # Below this nobody is short of anything: a quarter of the KV or of the time is asked for.
 CALM = 0.25
@@ -90,31 +90,29 @@ def _best_step(
 ) -> _Candidate | None:
     """Of the moves from this device and the exchanges with others, what leaves the two devices pressed least."""
     now = source.value().largest
-    enough = now * (1 - gain)
     best: _Candidate | None = None
     going = [s for s in source.there.values() if not s.stays and s.demand.model not in touched]
     relieved = {id(s): source.value(minus=s.demand).largest for s in going}
 
-    def consider(candidate: _Candidate) -> None:
+    def consider(candidate: _Candidate, limit: float) -> None:
         nonlocal best
         becomes = candidate.worst + candidate.cost
-        if becomes <= enough and becomes < now and (best is None or candidate.key < best.key):
+        if becomes <= limit and becomes < now and (best is None or candidate.key < best.key):
             best = candidate
 
-    for target in targets:
-        if target is source or target.value().largest > enough:
-            continue
+    limits = ((target, enough(now, (source, target), gain)) for target in targets if target is not source)
+    others = [(target, limit) for target, limit in limits if target.value().largest <= limit]
+    for target, limit in others:
         for serving in going:
             has_room = serving.demand.needed_bytes <= target.free_bytes
-            if has_room and relieved[id(serving)] <= enough and target.may_take(serving.demand):
+            if has_room and relieved[id(serving)] <= limit and target.may_take(serving.demand):
                 worst = max(relieved[id(serving)], target.value(plus=serving.demand).largest)
                 name = target.place.device
-                consider(_Candidate(worst, serving.cost_to(name), ((serving, name),)))
+                consider(_Candidate(worst, serving.cost_to(name), ((serving, name),)), limit)
     if most >= 2:
-        for target in targets[:_MOST_TARGETS]:
-            if target is not source and target.value().largest <= enough:
-                for candidate in _exchanges(source, target, going, touched):
-                    consider(candidate)
+        for target, limit in others[:_MOST_TARGETS]:
+            for candidate in _exchanges(source, target, going, touched):
+                consider(candidate, limit)
     return best
 
 
@@ -170,7 +168,8 @@ def _chain(sides: Mapping[str, Side], kv_unit: float, gain: float, largest: floa
     has_room = all(count <= sides[device].free_bytes for device, count in comes.items())
     is_apart = all(sides[device].may_take(serving.demand) for serving, device in steps)
     all_placed = packing.num_placed == len(moving)
-    if steps and all_placed and has_room and is_apart and packing.largest + cost <= largest * (1 - gain):
+    limit = enough(largest, sides.values(), gain)
+    if steps and all_placed and has_room and is_apart and packing.largest + cost <= limit:
         return _Candidate(packing.largest, cost, steps)
     return None
 
@@ -232,7 +231,7 @@ def _would_be(serving: Serving, source: Side, target: Side, gain: float) -> str:
         return f"{becomes}, but there is no room"
     if now < CALM:
         return f"{becomes}; nothing moves below {CALM}"
-    limit = now * (1 - gain) - serving.cost_to(target.place.device)
+    limit = enough(now, (source, target), gain) - serving.cost_to(target.place.device)
     if worst > limit:
         return f"{becomes}, more than the {number(max(0.0, limit))} that would be worth it"
     return becomes

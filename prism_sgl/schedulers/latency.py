@@ -138,8 +138,12 @@ class TokenRate:
         self._total += tokens
 
     def per_s(self, now: float) -> float:
+        return self.count(now) / self._window_s
+
+    def count(self, now: float) -> int:
+        """In the window."""
         self._forget(int(now / self._bucket_s))
-        return self._total / self._window_s
+        return self._total
 
     def _forget(self, number: int) -> None:
         while self._buckets and self._buckets[0][0] <= number - self._NUM_BUCKETS:

@@ -10,6 +10,8 @@ from prism_sgl.schedulers.placement import Demand, Place, kv_asked
 
 # Sums of what is asked go up and down by floats; less than this is nothing.
 _NOTHING = 1e-6
+# Standard deviations. Each pass looks at many steps, and takes the one that looks best.
+_SURE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Side:
     pressure: float = 0.0
     compute: float = 0.0
     weights_bytes: int = 0
+    variance: float = 0.0  # of its pressure as estimated
     free_bytes: int = 0  # a source gives nothing back before its target is awake: only takes count here
 
     def add_up(self) -> None:
@@ -73,6 +76,9 @@ class Side:
         self.pressure = self.place.pressure + math.fsum(d.pressure for d in demands)
         self.compute = self.place.compute + math.fsum(d.compute for d in demands)
         self.weights_bytes = self.place.awake_weights_bytes + sum(d.weights_bytes for d in demands)
+        shared = self.place.budget_bytes - self.weights_bytes
+        shares = ((d, max(d.compute, kv_asked(self.kv_unit, d.pressure, shared))) for d in demands)
+        self.variance = math.fsum((d.noise * share) ** 2 for d, share in shares if share < math.inf)
 
     def value(self, plus: Demand | None = None, minus: Demand | None = None) -> Pressure:
         pressure, compute, weights = self.pressure, self.compute, self.weights_bytes
@@ -105,6 +111,13 @@ def sides_of(servings: Iterable[Serving], places: Sequence[Place], kv_unit: floa
     for side in sides.values():
         side.add_up()
     return sides
+
+
+def enough(now: float, sides: Iterable[Side], gain: float) -> float:
+    """What the larger pressure of these devices may be after a step, its cost included, for the step to be worth it:
+    less by ``gain`` of what it is, and by more than may be chance in what all that serve there are thought to ask."""
+    deviation = math.sqrt(math.fsum(side.variance for side in sides))
+    return now - max(gain * now, _SURE * deviation) if now < math.inf else math.inf
 
 
 def number(value: float) -> str:
