@@ -200,7 +200,8 @@ class Balancer:
         if stays := self._stays(model.runtime, share, now):
             return f"it does not move: {stays}; {ago}"
         gain = self._limits.min_move_gain
-        return f"it moves if that lowers the largest pressure by {gain:.0%} and what its start costs, beyond chance; {ago}"
+        bar = f"{gain:.0%} and what its start costs, beyond chance"
+        return f"it moves if that lowers the largest pressure by {bar}; {ago}"
 
 
 def _carries(runtime: Runtime) -> bool:

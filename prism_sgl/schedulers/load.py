@@ -60,9 +60,9 @@ class LoadEstimate:
         return self._answer_s
 
     def noise(self, now: float) -> float:
-        """Relative standard error of what is asked: requests come by chance, and what each takes deviates from the mean
-        by about the mean (lengths of prompts and answers), so the variance of a sum of n is 2 n means squared."""
-        return math.sqrt(2.0 / max(1, self._requests.count(now)))
+        """Relative standard error of what is asked, as its prompts' tokens show it: they have what makes it uncertain,
+        how many requests came, in clumps or not, and of which lengths."""
+        return self._prompt_tokens.relative_error(now)
 
     def compute(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
         """Seconds of one device that are asked for a second: prefill and decode. More than 1 is too much."""

@@ -291,8 +291,8 @@ def plan(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.
     While nothing is known of what is asked, all are taken to be asked alike: decode is bound by the weights that each
     step reads, so each costs its weights over its TPOT SLO.
     """
-    is_known = any(x.pressure > 0 or x.compute > 0 for x in (*demands, *places))
-    if is_known:
+    asked: list[Demand | Place] = [*demands, *places]
+    if any(it.pressure > 0 or it.compute > 0 for it in asked):
         packing = pack(demands, places, kv_unit)
         why = f"largest pressure {packing.largest:.3g}"
     else:

@@ -10,8 +10,8 @@ from prism_sgl.schedulers.placement import Demand, Place, kv_asked
 
 # Sums of what is asked go up and down by floats; less than this is nothing.
 _NOTHING = 1e-6
-# Standard deviations. Each pass looks at many steps, and takes the one that looks best.
-_SURE = 3.0
+# Standard errors: what is left to chance then is one in forty.
+_SURE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,13 @@ class Side:
         self.pressure = self.place.pressure + math.fsum(d.pressure for d in demands)
         self.compute = self.place.compute + math.fsum(d.compute for d in demands)
         self.weights_bytes = self.place.awake_weights_bytes + sum(d.weights_bytes for d in demands)
-        shared = self.place.budget_bytes - self.weights_bytes
-        shares = ((d, max(d.compute, kv_asked(self.kv_unit, d.pressure, shared))) for d in demands)
-        self.variance = math.fsum((d.noise * share) ** 2 for d, share in shares if share < math.inf)
+        self.variance = math.fsum(map(self.variance_of, demands))
+
+    def variance_of(self, demand: Demand) -> float:
+        """What is uncertain of its part of the pressure."""
+        kv = kv_asked(self.kv_unit, demand.pressure, self.place.budget_bytes - self.weights_bytes)
+        share = max(demand.compute, kv) if kv < math.inf else demand.compute
+        return (demand.noise * share) ** 2
 
     def value(self, plus: Demand | None = None, minus: Demand | None = None) -> Pressure:
         pressure, compute, weights = self.pressure, self.compute, self.weights_bytes
@@ -113,11 +117,32 @@ def sides_of(servings: Iterable[Serving], places: Sequence[Place], kv_unit: floa
     return sides
 
 
-def enough(now: float, sides: Iterable[Side], gain: float) -> float:
-    """What the larger pressure of these devices may be after a step, its cost included, for the step to be worth it:
-    less by ``gain`` of what it is, and by more than may be chance in what all that serve there are thought to ask."""
-    deviation = math.sqrt(math.fsum(side.variance for side in sides))
-    return now - max(gain * now, _SURE * deviation) if now < math.inf else math.inf
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What the two devices of a step may be pressed by after it, the step's cost included, for it to be worth it.
+
+    Less than the source now by ``gain`` of that, and by more than may be chance. What the step takes off the source is
+    as uncertain as the models that move; what the target stays below is as uncertain as those that do not, because what
+    moves is the same on both sides.
+    """
+
+    source: float
+    target: float
+
+    @classmethod
+    def of(cls, source: Side, target: Side, moved: Iterable[Demand], gain: float) -> Bar:
+        now = source.value().largest
+        of_moved = math.fsum(source.variance_of(demand) for demand in moved)
+        of_rest = max(0.0, source.variance + target.variance - of_moved)
+        return cls(below(now, gain, of_moved), below(now, gain, of_rest))
+
+    def passes(self, here: float, there: float, cost: float) -> bool:
+        return here + cost <= self.source and there + cost <= self.target
+
+
+def below(now: float, gain: float, variance: float) -> float:
+    """Less than this is less by the gain, and not by chance."""
+    return now - max(gain * now, _SURE * math.sqrt(variance)) if now < math.inf else math.inf
 
 
 def number(value: float) -> str:
