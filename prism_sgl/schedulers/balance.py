@@ -171,7 +171,10 @@ def _chain(sides: Mapping[str, Side], kv_unit: float, gain: float, largest: floa
     has_room = all(count <= sides[device].free_bytes for device, count in comes.items())
     is_apart = all(sides[device].may_take(serving.demand) for serving, device in steps)
     all_placed = packing.num_placed == len(moving)
-    limit = below(largest, gain, math.fsum(sides[s.device].variance_of(s.demand) for s, _ in steps))
+    of_moved = math.fsum(sides[s.device].variance_of(s.demand) for s, _ in steps)
+    touched = {name for serving, device in steps for name in (serving.device, device)}
+    of_rest = math.fsum(sides[name].variance for name in touched) - of_moved
+    limit = below(largest, gain, max(of_moved, of_rest))
     if steps and all_placed and has_room and is_apart and packing.largest + cost <= limit:
         return _Candidate(packing.largest, cost, steps)
     return None
