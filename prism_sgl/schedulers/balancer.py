@@ -134,8 +134,8 @@ class Balancer:
                 demand = replace(demand, devices=tuple(d for d in demand.devices if d not in left))
             demands[model.name] = demand
         assert runtime.device is not None
-        # What its source still answers is computed on both devices; the longer answers take, the dearer is that.
-        both_s = model.load.answer_s
+        # What its source still answers is computed beside what the target gets.
+        both_s = model.answers.typical * model.config.slo.tpot_s
         start_s = (model.last_start_s or _FIRST_START_S) + both_s
         wake_s = (model.last_wake_s or _FIRST_WAKE_S) + both_s
         return Serving(

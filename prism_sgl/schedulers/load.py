@@ -29,7 +29,6 @@ class LoadEstimate:
     def __init__(self, window_s: float = 60.0) -> None:
         self._requests = TokenRate(window_s)
         self._prompt_tokens = TokenRate(window_s)
-        self._answer_s = 0.0
         self._held_token_s = 0.0  # tokens of KV x seconds of an answer
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._is_new = True
@@ -45,7 +44,6 @@ class LoadEstimate:
         decode_s = max(0.0, total_s - ttft_s)
         part = 1.0 if self._is_new else _NEW_PART
         self._is_new = False
-        self._answer_s += part * (total_s - self._answer_s)
         self._held_token_s += part * (total_s * kv_tokens - self._held_token_s)
         if answer_tokens > 1 and decode_s > 0.0:
             # Engines that compute at once share the device: alone the step would be that much shorter.
@@ -53,11 +51,6 @@ class LoadEstimate:
 
     def requests_per_s(self, now: float) -> float:
         return self._requests.per_s(now)
-
-    @property
-    def answer_s(self) -> float:
-        """How long answers have taken of late, from grant to end; 0 before the first one."""
-        return self._answer_s
 
     def noise(self, now: float) -> float:
         """Relative standard error of what is asked, as its prompts' tokens show it: they have what makes it uncertain,
