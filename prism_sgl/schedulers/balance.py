@@ -1,9 +1,10 @@
 """Global pass, pure: which models to move so that the most pressed device is pressed less.
 
 A step is one model's move, or two models that change places. It is taken if the larger pressure of the two devices
-falls by ``gain`` of what the source has now, and by what the step costs; so a fleet without an imbalance, or one whose
-imbalance no step can mend, stays as it is. When steps lead no further, bisection says what a new placement of all
-would reach, and it is taken if it differs from the present one in no more models than may move in one pass.
+falls by ``gain`` of what the source has now, by more than may be chance (sides.Bar), and by what the step costs; so a
+fleet without an imbalance, or one whose imbalance no step can mend, stays as it is. When steps lead no further,
+bisection says what a new placement of all would reach, and it is taken if it differs from the present one in no more
+models than may move in one pass.
 
 What is not looked at: more than ``_MOST_TARGETS`` targets for exchanges, the least pressed ones; devices of less than
 ``CALM``, where nothing is short.
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from prism_sgl.schedulers.placement import Place, pack
 from prism_sgl.schedulers.replicas import replica_steps
-from prism_sgl.schedulers.sides import Pressure, Serving, Side, Step, number, sides_of
+from prism_sgl.schedulers.sides import Bar, Pressure, Serving, Side, Step, below, number, sides_of
 
 # Below this nobody is short of anything: a quarter of the KV or of the time is asked for.
 CALM = 0.25
@@ -90,36 +91,35 @@ def _best_step(
 ) -> _Candidate | None:
     """Of the moves from this device and the exchanges with others, what leaves the two devices pressed least."""
     now = source.value().largest
-    enough = now * (1 - gain)
+    limit = below(now, gain, 0.0)
     best: _Candidate | None = None
     going = [s for s in source.there.values() if not s.stays and s.demand.model not in touched]
     relieved = {id(s): source.value(minus=s.demand).largest for s in going}
 
     def consider(candidate: _Candidate) -> None:
         nonlocal best
-        becomes = candidate.worst + candidate.cost
-        if becomes <= enough and becomes < now and (best is None or candidate.key < best.key):
+        if candidate.worst + candidate.cost < now and (best is None or candidate.key < best.key):
             best = candidate
 
-    for target in targets:
-        if target is source or target.value().largest > enough:
-            continue
+    others = [side for side in targets if side is not source and side.value().largest <= limit]
+    for target in others:
         for serving in going:
-            has_room = serving.demand.needed_bytes <= target.free_bytes
-            if has_room and relieved[id(serving)] <= enough and target.may_take(serving.demand):
-                worst = max(relieved[id(serving)], target.value(plus=serving.demand).largest)
+            here, demand = relieved[id(serving)], serving.demand
+            if demand.needed_bytes <= target.free_bytes and here <= limit and target.may_take(demand):
+                there = target.value(plus=demand).largest
                 name = target.place.device
-                consider(_Candidate(worst, serving.cost_to(name), ((serving, name),)))
+                cost = serving.cost_to(name)
+                if Bar.of(source, target, (demand,), gain).passes(here, there, cost):
+                    consider(_Candidate(max(here, there), cost, ((serving, name),)))
     if most >= 2:
-        for target in targets[:_MOST_TARGETS]:
-            if target is not source and target.value().largest <= enough:
-                for candidate in _exchanges(source, target, going, touched):
-                    consider(candidate)
+        for target in others[:_MOST_TARGETS]:
+            for candidate in _exchanges(source, target, going, touched, gain):
+                consider(candidate)
     return best
 
 
 def _exchanges(
-    source: Side, target: Side, going: Sequence[Serving], touched: set[str]
+    source: Side, target: Side, going: Sequence[Serving], touched: set[str], gain: float
 ) -> Iterator[_Candidate]:
     """Target first holds for both: one has its room now, the other once the first has left."""
     coming = [s for s in target.there.values() if not s.stays and s.demand.model not in touched]
@@ -137,7 +137,8 @@ def _exchanges(
                 here = source.value(plus=back.demand, minus=out.demand).largest
                 steps = ((out, target.place.device), (back, source.place.device))
                 cost = out.cost_to(target.place.device) + back.cost_to(source.place.device)
-                yield _Candidate(max(here, there), cost, steps if out_first else steps[::-1])
+                if Bar.of(source, target, (out.demand, back.demand), gain).passes(here, there, cost):
+                    yield _Candidate(max(here, there), cost, steps if out_first else steps[::-1])
 
 
 def _chain(sides: Mapping[str, Side], kv_unit: float, gain: float, largest: float) -> _Candidate | None:
@@ -170,7 +171,11 @@ def _chain(sides: Mapping[str, Side], kv_unit: float, gain: float, largest: floa
     has_room = all(count <= sides[device].free_bytes for device, count in comes.items())
     is_apart = all(sides[device].may_take(serving.demand) for serving, device in steps)
     all_placed = packing.num_placed == len(moving)
-    if steps and all_placed and has_room and is_apart and packing.largest + cost <= largest * (1 - gain):
+    of_moved = math.fsum(sides[s.device].variance_of(s.demand) for s, _ in steps)
+    touched = {name for serving, device in steps for name in (serving.device, device)}
+    of_rest = math.fsum(sides[name].variance for name in touched) - of_moved
+    limit = below(largest, gain, max(of_moved, of_rest))
+    if steps and all_placed and has_room and is_apart and packing.largest + cost <= limit:
         return _Candidate(packing.largest, cost, steps)
     return None
 
@@ -226,13 +231,15 @@ def _would_be(serving: Serving, source: Side, target: Side, gain: float) -> str:
     demand, now = serving.demand, source.value().largest
     if target.place.device not in demand.devices:
         return "not among the devices of this model"
-    worst = max(source.value(minus=demand).largest, target.value(plus=demand).largest)
+    here, there = source.value(minus=demand).largest, target.value(plus=demand).largest
+    worst = max(here, there)
     becomes = f"the move would bring the larger of the two from {number(now)} to {number(worst)}"
     if demand.needed_bytes > target.free_bytes:
         return f"{becomes}, but there is no room"
     if now < CALM:
         return f"{becomes}; nothing moves below {CALM}"
-    limit = now * (1 - gain) - serving.cost_to(target.place.device)
-    if worst > limit:
-        return f"{becomes}, more than the {number(max(0.0, limit))} that would be worth it"
+    bar, cost = Bar.of(source, target, (demand,), gain), serving.cost_to(target.place.device)
+    if not bar.passes(here, there, cost):
+        limit = max(0.0, (bar.source if here + cost > bar.source else bar.target) - cost)
+        return f"{becomes}, and {number(max(0.0, limit))} would be worth it"
     return becomes

@@ -134,14 +134,17 @@ class Balancer:
                 demand = replace(demand, devices=tuple(d for d in demand.devices if d not in left))
             demands[model.name] = demand
         assert runtime.device is not None
-        start_s = model.last_start_s or _FIRST_START_S
+        # What its source still answers is computed beside what the target gets.
+        both_s = model.answers.typical * model.config.slo.tpot_s
+        start_s = (model.last_start_s or _FIRST_START_S) + both_s
+        wake_s = (model.last_wake_s or _FIRST_WAKE_S) + both_s
         return Serving(
             demand=demand,
             device=runtime.device,
             stays=self._stays(runtime, demand, now),
             cost=demand.compute * start_s / self._limits.window_s,
             near=next((r.device for r in model.others if r.is_spare and r.device is not None), ""),
-            near_cost=demand.compute * (model.last_wake_s or _FIRST_WAKE_S) / self._limits.window_s,
+            near_cost=demand.compute * wake_s / self._limits.window_s,
             priority=model.config.priority,
         )
 
@@ -197,7 +200,8 @@ class Balancer:
         if stays := self._stays(model.runtime, share, now):
             return f"it does not move: {stays}; {ago}"
         gain = self._limits.min_move_gain
-        return f"it moves if that lowers the largest pressure by {gain:.0%} and what its start costs; {ago}"
+        bar = f"{gain:.0%} and what its start costs, beyond chance"
+        return f"it moves if that lowers the largest pressure by {bar}; {ago}"
 
 
 def _carries(runtime: Runtime) -> bool:

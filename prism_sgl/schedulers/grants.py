@@ -122,10 +122,11 @@ class Granter:
 
     def _next(self, device: Device, now: float) -> Request | None:
         """Of all models with an open window, the request that stands first in the order."""
-        full = (
-            len(self._table.unanswered(device.name)) >= self._config.prefill_window
-            and self._table.tokens_us(device.name) >= WINDOW_US
-        )
+        full = len(
+            self._table.unanswered(device.name)
+        ) >= self._config.prefill_window and self._table.tokens_us(
+            device.name
+        ) >= WINDOW_US * self._num_computing(device)
         if full and not any(
             self._table.queued(name) and self._has_no_prefill(runtime)
             for name, runtime in device.residents.items()
@@ -175,6 +176,10 @@ class Granter:
                 self._open[device.name] = None
                 return True
         return False
+
+    def _num_computing(self, device: Device) -> int:
+        """Runtimes with requests: a prefill is measured beside them, and takes as many times what the device needs."""
+        return sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
 
     def _has_no_prefill(self, runtime: Runtime) -> bool:
         return runtime.id is not None and not self._table.needed_us(runtime.id)

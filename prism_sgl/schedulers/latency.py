@@ -8,6 +8,7 @@ that the prefix cache does not have.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 
@@ -140,6 +141,16 @@ class TokenRate:
     def per_s(self, now: float) -> float:
         self._forget(int(now / self._bucket_s))
         return self._total / self._window_s
+
+    def relative_error(self, now: float) -> float:
+        """Standard error of the rate over the rate, by batch means: what differs between buckets is chance. 1 if all
+        came in one of them, so what has just begun is uncertain until it has lasted."""
+        self._forget(int(now / self._bucket_s))
+        if not self._total:
+            return 0.0
+        num = self._NUM_BUCKETS
+        squares = sum(tokens * tokens for _, tokens in self._buckets)
+        return math.sqrt(max(0.0, num * squares / self._total**2 - 1) / (num - 1))
 
     def _forget(self, number: int) -> None:
         while self._buckets and self._buckets[0][0] <= number - self._NUM_BUCKETS:

@@ -13,7 +13,7 @@ from prism_sgl.schedulers.latency import LatencyEstimate, TokenRate
 
 # Each answer counts for 1/16: about as many decide what an answer costs.
 _NEW_PART = 1 / 16
-_NUM_STEPS = 24
+_NUM_STEPS = 64
 
 
 class LoadEstimate:
@@ -22,13 +22,13 @@ class LoadEstimate:
     An engine shares: passes that take several prompts, steps that decode for all. What is shared counts for the part
     of the time in which anybody needs it, 1 - exp(-rate x duration) if requests come by chance; what is not (tokens of
     prompts) adds up. A step counts for as much of the device as the TPOT SLO lets it take: one that takes 5 ms where
-    50 are promised leaves nine tenths to others.
+    50 are promised leaves nine tenths to others; so an answer takes as long as promised, however long it takes on the
+    device where it is. What a model asks for is the same on all devices, or it would look smaller after each move.
     """
 
     def __init__(self, window_s: float = 60.0) -> None:
         self._requests = TokenRate(window_s)
         self._prompt_tokens = TokenRate(window_s)
-        self._decode_s = 0.0  # of an answer
         self._held_token_s = 0.0  # tokens of KV x seconds of an answer
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._is_new = True
@@ -44,7 +44,6 @@ class LoadEstimate:
         decode_s = max(0.0, total_s - ttft_s)
         part = 1.0 if self._is_new else _NEW_PART
         self._is_new = False
-        self._decode_s += part * (decode_s - self._decode_s)
         self._held_token_s += part * (total_s * kv_tokens - self._held_token_s)
         if answer_tokens > 1 and decode_s > 0.0:
             # Engines that compute at once share the device: alone the step would be that much shorter.
@@ -53,7 +52,12 @@ class LoadEstimate:
     def requests_per_s(self, now: float) -> float:
         return self._requests.per_s(now)
 
-    def compute(self, latency: LatencyEstimate, tpot_s: float, now: float) -> float:
+    def noise(self, now: float) -> float:
+        """Relative standard error of what is asked, as its prompts' tokens show it: they have what makes it uncertain,
+        how many requests came, in clumps or not, and of which lengths."""
+        return self._prompt_tokens.relative_error(now)
+
+    def compute(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
         """Seconds of one device that are asked for a second: prefill and decode. More than 1 is too much."""
         rate = self._requests.per_s(now)
         if rate <= 0.0:
@@ -61,7 +65,8 @@ class LoadEstimate:
         tokens = latency.uncached_tokens(round(self._prompt_tokens.per_s(now)))
         prefill = _share(rate * latency.alpha_s) + tokens * latency.s_per_token
         step_s = median(self._steps) if self._steps else 0.0
-        return prefill + _share(rate * self._decode_s) * min(1.0, step_s / tpot_s)
+        longest_s = max(step_s, tpot_s)
+        return prefill + _share(rate * answer_tokens * longest_s) * step_s / longest_s
 
     def held_tokens(self, answer_tokens: int, tpot_s: float, now: float) -> float:
         """Tokens of KV that are held at a time, if answers take as long as they do; before the first one, as long as

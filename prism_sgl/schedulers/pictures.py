@@ -31,6 +31,10 @@ def _held_bytes(model: Model, now: float) -> float:
     return tokens * _kv_bytes_per_token(model)
 
 
+def _reads(model: Model, fleet: Fleet) -> float:
+    return fleet.weights_bytes(model) / model.config.slo.tpot_s
+
+
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
     facts, config = model.facts, model.config
     kv_bytes = _kv_bytes_per_token(model)
@@ -44,7 +48,9 @@ def demand(model: Model, fleet: Fleet, now: float) -> Demand:
         needed_bytes=fleet.mapped_bytes(model),
         pressure=pressure,
         devices=model.devices,
-        compute=model.load.compute(model.latency, config.slo.tpot_s, now),
+        compute=model.load.compute(model.latency, model.answers.typical, config.slo.tpot_s, now),
+        noise=model.load.noise(now),
+        reads=_reads(model, fleet),
     )
 
 
@@ -140,6 +146,7 @@ class Pictures:
             possible_bytes=self._possible(device),
             awake_weights_bytes=sum(map(self._fleet.weights_bytes, mapped)),
             home_weights_bytes=sum(map(self._fleet.weights_bytes, models)),
+            home_reads=math.fsum(_reads(model, self._fleet) for model in models),
             pressure=math.fsum(share.pressure for share in shares),
             compute=math.fsum(share.compute for share in shares),
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prism_sgl.units import show_size
 
@@ -36,6 +36,8 @@ class Demand:
     devices: tuple[str, ...]  # where it may go
     compute: float = 0.0  # seconds of a device, a second
     part: int = 0
+    noise: float = 0.0  # relative standard error of pressure and compute
+    reads: float = 0.0  # bytes of weights a second, if it decodes as fast as promised
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Place:
     home_weights_bytes: int = 0  # of all models whose runtime is there, asleep ones too
     pressure: float = 0.0
     compute: float = 0.0
+    home_reads: float = 0.0  # as home_weights_bytes
 
 
 @dataclass(frozen=True)
@@ -283,10 +286,21 @@ def _may_take(b: _Bin, demand: Demand, allowed: frozenset[str]) -> bool:
 
 
 def plan(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.0) -> dict[str, Choice]:
-    """Devices for models that are started together. One that does not fit has none."""
-    packing = pack(demands, places, kv_unit)
+    """Devices for models that are started together. One that does not fit has none.
+
+    While nothing is known of what is asked, all are taken to be asked alike: decode is bound by the weights that each
+    step reads, so each costs its weights over its TPOT SLO.
+    """
+    asked: list[Demand | Place] = [*demands, *places]
+    if any(it.pressure > 0 or it.compute > 0 for it in asked):
+        packing = pack(demands, places, kv_unit)
+        why = f"largest pressure {packing.largest:.3g}"
+    else:
+        alike = [replace(demand, compute=demand.reads) for demand in demands]
+        packing = pack(alike, [replace(place, compute=place.home_reads) for place in places], kv_unit)
+        why = f"all models decoding would read {show_size(round(packing.largest))}/s on a device at most"
     return {
-        demand.model: Choice(device, f"largest pressure {packing.largest:.3g}")
+        demand.model: Choice(device, why)
         if device is not None
         else choose(demand, [])
         if not demand.devices

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from prism_sgl.schedulers.placement import Demand, kv_asked
-from prism_sgl.schedulers.sides import Serving, Side, Step, number
+from prism_sgl.schedulers.sides import Bar, Serving, Side, Step, number
 
 # One model that asks for more than a device gets a replica; one that fewer could carry with this to spare loses one.
 _HOT, _COOL = 1.0, 0.7
@@ -57,9 +57,8 @@ def _replicate(sides: Mapping[str, Side], servings: Sequence[Serving], gain: flo
         return None
     target = min(fitting, key=lambda side: (side.value(plus=new).largest, side.place.device))
     after = target.value(plus=new)
-    if max(relieved.largest, after.largest) + servings[0].cost_to(target.place.device) > now.largest * (
-        1 - gain
-    ):
+    bar, cost = Bar.of(source, target, (old,), gain), servings[0].cost_to(target.place.device)
+    if not bar.passes(relieved.largest, after.largest, cost):
         return None
     reason = (
         f"asks for {number(max(_alone(source, old), old.compute) * num)} devices and has {num}: "

@@ -10,6 +10,8 @@ from prism_sgl.schedulers.placement import Demand, Place, kv_asked
 
 # Sums of what is asked go up and down by floats; less than this is nothing.
 _NOTHING = 1e-6
+# Standard errors: what is left to chance then is one in forty.
+_SURE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Side:
     pressure: float = 0.0
     compute: float = 0.0
     weights_bytes: int = 0
+    variance: float = 0.0  # of its pressure as estimated
     free_bytes: int = 0  # a source gives nothing back before its target is awake: only takes count here
 
     def add_up(self) -> None:
@@ -73,6 +76,13 @@ class Side:
         self.pressure = self.place.pressure + math.fsum(d.pressure for d in demands)
         self.compute = self.place.compute + math.fsum(d.compute for d in demands)
         self.weights_bytes = self.place.awake_weights_bytes + sum(d.weights_bytes for d in demands)
+        self.variance = math.fsum(map(self.variance_of, demands))
+
+    def variance_of(self, demand: Demand) -> float:
+        """What is uncertain of its part of the pressure."""
+        kv = kv_asked(self.kv_unit, demand.pressure, self.place.budget_bytes - self.weights_bytes)
+        share = max(demand.compute, kv) if kv < math.inf else demand.compute
+        return (demand.noise * share) ** 2
 
     def value(self, plus: Demand | None = None, minus: Demand | None = None) -> Pressure:
         pressure, compute, weights = self.pressure, self.compute, self.weights_bytes
@@ -105,6 +115,34 @@ def sides_of(servings: Iterable[Serving], places: Sequence[Place], kv_unit: floa
     for side in sides.values():
         side.add_up()
     return sides
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What the two devices of a step may be pressed by after it, the step's cost included, for it to be worth it.
+
+    Less than the source now by ``gain`` of that, and by more than may be chance. What the step takes off the source is
+    as uncertain as the models that move; what the target stays below is as uncertain as those that do not, because what
+    moves is the same on both sides.
+    """
+
+    source: float
+    target: float
+
+    @classmethod
+    def of(cls, source: Side, target: Side, moved: Iterable[Demand], gain: float) -> Bar:
+        now = source.value().largest
+        of_moved = math.fsum(source.variance_of(demand) for demand in moved)
+        of_rest = max(0.0, source.variance + target.variance - of_moved)
+        return cls(below(now, gain, of_moved), below(now, gain, of_rest))
+
+    def passes(self, here: float, there: float, cost: float) -> bool:
+        return here + cost <= self.source and there + cost <= self.target
+
+
+def below(now: float, gain: float, variance: float) -> float:
+    """Less than this is less by the gain, and not by chance."""
+    return now - max(gain * now, _SURE * math.sqrt(variance)) if now < math.inf else math.inf
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from prism_sgl.errors import ConfigError
 from prism_sgl.launch.cli import cli
 from prism_sgl.launch.replay import fleet_file, measurements, plot, trace_file
-from prism_sgl.launch.replay.runs import Runner
+from prism_sgl.launch.replay.runs import Run, Runner
 
 ROOT = Path(__file__).parents[2]
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -219,3 +220,21 @@ def test_slo_base_is_what_the_model_does_alone(tmp_path: Path, measured: measure
     runner = Runner(fleet_file.load(fleet, measured), trace_file.load(trace))
     assert 0.01 < runner.bases["small"].ttft_s < runner.bases["large"].ttft_s < 0.06
     assert runner.run("muxserve", 1.0, 1.5, 2).summary.ttft_attainment > 0.95
+
+
+def test_fewest_devices_are_found_though_more_may_be_worse(
+    tmp_path: Path, measured: measurements.Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, trace = write(tmp_path)
+    runner = Runner(fleet_file.load(fleet, measured), trace_file.load(trace))
+    run = runner.run("prism", 1.0, 5.0, 2)
+    attainments = {1: 0.5, 2: 0.98, 3: 0.995, 4: 0.9, 5: 0.97, 6: 0.98, 7: 0.999, 8: 1.0}
+
+    def as_said(policy: str, rate: float, slo: float, gpus: int) -> Run:
+        return replace(run, gpus=gpus, summary=replace(run.summary, ttft_attainment=attainments[gpus]))
+
+    monkeypatch.setattr(runner, "run", as_said)
+    count, found = runner.fewest_gpus("prism", 1.0, 5.0, 0.99, 8)
+    assert (count, found.gpus) == (3, 3)
+    count, found = runner.fewest_gpus("prism", 1.0, 5.0, 0.99, 2)
+    assert (count, found.gpus) == (None, 2)

@@ -72,6 +72,46 @@ def test_a_move_pays_for_itself() -> None:
     assert moves(run(dear, [place("a"), place("b")])) == []
 
 
+def noisy(servings: list[Serving], **noises: float) -> list[Serving]:
+    return [replace(s, demand=replace(s.demand, noise=noises.get(s.demand.model, 0.0))) for s in servings]
+
+
+def test_what_a_move_takes_off_is_more_than_chance_as_the_moved_one_is_known() -> None:
+    servings = [serving("x", "a", 0.5, stays="it is pinned"), serving("y", "a", 0.4)]
+    places = [place("a"), place("b")]
+    assert moves(run(noisy(servings, y=0.49), places)) == [("y", "a", "b")]
+    assert moves(run(noisy(servings, y=0.51), places)) == []
+    line = explain("y", noisy(servings, y=0.51), places, 1.0, gain=0.1)[1]
+    assert line.endswith("from 0.90 to 0.50, and 0.49 would be worth it")
+
+
+def test_that_the_target_stays_below_is_more_than_chance_as_those_that_stay_are_known() -> None:
+    """a without y has 0.5, b 0.1: 0.4 apart, with standard errors of 0.5 and 0.1 times the noise."""
+    servings = [
+        serving("x", "a", 0.5, stays="it is pinned"),
+        serving("y", "a", 0.4),
+        serving("z", "b", 0.1, stays="it is pinned"),
+    ]
+    places = [place("a"), place("b"), place("c", free=0)]
+    assert moves(run(noisy(servings, x=0.39), places)) == [("y", "a", "b")]
+    assert moves(run(noisy(servings, x=0.41), places)) == []
+    assert moves(run(noisy(servings, x=0.39, z=0.8), places)) == []
+    elsewhere = [*servings, serving("u", "c", 0.1)]
+    assert moves(run(noisy(elsewhere, x=0.39, u=9.0), places)) == [("y", "a", "b")]
+
+
+def test_exchanges_and_replicas_are_more_than_chance_too() -> None:
+    servings = [serving("x", "a", 0.6), serving("y", "a", 0.6, stays="it is pinned")]
+    servings += [serving("u", "b", 0.35), serving("v", "b", 0.15, stays="it is pinned")]
+    places = [place("a", free=30), place("b", free=0)]
+    assert len(moves(run(noisy(servings, x=0.2), places))) == 2  # 0.25 less on a
+    assert moves(run(noisy(servings, x=0.22), places)) == []
+    assert moves(run(noisy(servings, y=0.45), places)) == []
+    hot = [serving("x", "a", 1.6)]
+    assert run(noisy(hot, x=0.2), [place("a"), place("b")]).steps != ()
+    assert run(noisy(hot, x=0.3), [place("a"), place("b")]).steps == ()
+
+
 def test_models_change_places_where_one_move_does_not_help() -> None:
     servings = [
         serving("x", "a", 0.6),

@@ -45,6 +45,24 @@ def test_models_without_traffic_spread_by_their_weights() -> None:
     assert [chosen[f"m{i}"].device for i in range(4)] == ["a", "b", "a", "b"]
 
 
+def test_models_nobody_has_asked_yet_spread_by_what_they_would_cost_if_asked_alike() -> None:
+    """By weights alone the two large ones share a device, as heavy as the rest together."""
+    sizes = {"l1": 20, "l2": 20, "m": 9, "s1": 8, "s2": 8, "s3": 8}
+    demands = [
+        replace(DEMAND, model=name, pressure=0.0, weights_bytes=size, needed_bytes=size, reads=size + 10.0)
+        for name, size in sizes.items()
+    ]
+    chosen = plan(demands, [A, B])
+    assert chosen["l1"].device != chosen["l2"].device
+    reads = {d: sum(s + 10 for name, s in sizes.items() if chosen[name].device == d) for d in "ab"}
+    assert max(reads.values()) <= 69
+    # What lives there already counts, and what is known counts more.
+    taken = [replace(A, home_reads=200.0), B]
+    assert {choice.device for choice in plan(demands[:2], taken).values()} == {"b"}
+    known = [replace(A, compute=0.1), replace(B, home_reads=200.0)]
+    assert {choice.device for choice in plan(demands[:2], known).values()} == {"b"}
+
+
 def test_most_demanding_model_is_placed_first() -> None:
     small = replace(DEMAND, model="small", needed_bytes=60, pressure=1.0)
     chosen = plan([small, replace(DEMAND, pressure=50.0)], [A])

@@ -179,19 +179,18 @@ class Runner:
     def fewest_gpus(
         self, policy: str, rate_scale: float, slo_scale: float, target: float, most: int
     ) -> tuple[int | None, Run]:
-        """The smallest number of devices that meets the target; None if ``most`` do not."""
-        best = self.run(policy, rate_scale, slo_scale, most)
-        if best.summary.ttft_attainment < target:
-            return None, best
-        low, high = max(spec.tp for spec in self._file.fleet.models) - 1, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            run = self.run(policy, rate_scale, slo_scale, middle)
+        """The fewest devices that are enough, and their run; None and the run of ``most`` if none are.
+
+        Every number is tried, upward from the widest model: attainment is not monotonic in devices (a placement that
+        is blind to the load may be worse with one more), so a larger number may fail again.
+        """
+        least = max(spec.tp for spec in self._file.fleet.models)
+        for gpus in range(least, most):
+            run = self.run(policy, rate_scale, slo_scale, gpus)
             if run.summary.ttft_attainment >= target:
-                high, best = middle, run
-            else:
-                low = middle
-        return high, best
+                return gpus, run
+        run = self.run(policy, rate_scale, slo_scale, most)
+        return (most if run.summary.ttft_attainment >= target else None), run
 
 
 def _mean(summaries: Sequence[Summary]) -> Summary:
