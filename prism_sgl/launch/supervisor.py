@@ -255,7 +255,7 @@ class Supervisor:
                 self._directory.forget(message.pid)
                 if runtime := self._runtimes.get(message.runtime):
                     reason = describe_exit(message.exit_code)
-                    if error := last_error(Path(runtime.spec.log_path)):
+                    if runtime.kill_reason is None and (error := last_error(Path(runtime.spec.log_path))):
                         reason += f": {error}"
                     self._lose(runtime, reason)
 

@@ -182,12 +182,12 @@ def running(folder: Path, config: str, **fields: object) -> Iterator[System]:
     assert not run_dir.exists()
 
 
-def wait_for(what: str, true: Any, timeout_s: float = 60) -> None:
-    """Until a thing outside us is so; looks every few milliseconds."""
+def wait_for(what: str, true: Any, timeout_s: float = 60, every_s: float = 0.005) -> None:
+    """Until a thing outside us is so; looks every few milliseconds, or less often where looking costs more."""
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.005)
+        time.sleep(every_s)
 
 
 def cpu_seconds(pid: int) -> float:
