@@ -255,7 +255,7 @@ class Supervisor:
                 self._directory.forget(message.pid)
                 if runtime := self._runtimes.get(message.runtime):
                     reason = describe_exit(message.exit_code)
-                    if error := last_error(Path(runtime.spec.log_path)):
+                    if runtime.kill_reason is None and (error := last_error(Path(runtime.spec.log_path))):
                         reason += f": {error}"
                     self._lose(runtime, reason)
 
@@ -273,6 +273,11 @@ class Supervisor:
         self._runtimes.pop(spec.runtime, None)
         self._progress.forget(spec.runtime)
         remove_files(spec)
+        if spec.device_kind == "host":
+            # Its memory has died with it. Runtimes reap when they need room, but there may be none of them. When the
+            # memory of a card is free only its driver can tell.
+            with Ledger.open(spec.ledger_path) as ledger:
+                ledger.reap(None)
         self._progress.line(f"{spec.runtime}: ended ({runtime.kill_reason or reason})")
         self._link.send(RuntimeExited(runtime=spec.runtime, reason=reason, expected=expected))
         if not runtime.ready and not expected:

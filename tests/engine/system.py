@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from prism_sgl.allocator.ledger import Ledger
+
 READY_TIMEOUT_S = 240
+SHM_FOLDER = Path("/dev/shm")
 
 
 class System:
@@ -39,6 +44,8 @@ class System:
         self.run_dir = run_dir
         self.log_dir = log_dir
         self.url = f"http://127.0.0.1:{port}"
+        self._ledgers = f"prism_sgl-{os.getuid()}-{port}-*"
+        self._listed: set[Path] = set()
         self.client = httpx.Client(base_url=self.url, timeout=180)
         self.lines: list[str] = []
         self._queue: queue.Queue[str | None] = queue.Queue()
@@ -49,6 +56,7 @@ class System:
             text=True,
         )
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._watch_listings, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -56,6 +64,21 @@ class System:
             self.lines.append(line.rstrip("\n"))
             self._queue.put(line)
         self._queue.put(None)
+
+    def _watch_listings(self) -> None:
+        """A runtime's list of its files in /dev/shm goes with the runtime, so it is read while that lives."""
+        while self.process.poll() is None:
+            for listing in self.run_dir.glob("*.shm"):
+                with suppress(FileNotFoundError):
+                    self._listed.update(Path(line) for line in listing.read_text().splitlines())
+            time.sleep(0.1)
+
+    def shared_files(self) -> set[Path]:
+        """What this system has in /dev/shm; other systems may run beside it."""
+        return {file for file in self._listed if file.exists()} | set(SHM_FOLDER.glob(self._ledgers))
+
+    def ledger(self, device: str) -> Ledger:
+        return Ledger.open(str(next(SHM_FOLDER.glob(f"{self._ledgers}{device}.ledger"))))
 
     def wait_ready(self) -> None:
         """Until the launcher says that all models are ready."""
@@ -134,12 +157,37 @@ class System:
         return pids
 
 
-def wait_for(what: str, true: Any, timeout_s: float = 60) -> None:
-    """Until a thing outside us is so; looks every few milliseconds."""
+@contextmanager
+def running(folder: Path, config: str, **fields: object) -> Iterator[System]:
+    """A system of its own in ``folder``, all models ready; at its end nothing may be left of it.
+
+    ``config``: with {port}, {run_dir} and {log_dir} to be filled in, and whatever else ``fields`` has.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    file, run_dir, log_dir = folder / "models.toml", folder / "run", folder / "logs"
+    file.write_text(config.format(port=port, run_dir=run_dir, log_dir=log_dir, **fields))
+    system = System(file, run_dir, log_dir, port)
+    try:
+        system.wait_ready()
+        yield system
+    finally:
+        processes = system.processes()
+        code = system.stop()
+    assert code == 0, "\n".join(system.lines)
+    # No orphan and no file is left behind, whatever the tests have killed.
+    assert not [line for pid, line in processes.items() if Path(f"/proc/{pid}").exists()]
+    assert not system.shared_files()
+    assert not run_dir.exists()
+
+
+def wait_for(what: str, true: Any, timeout_s: float = 60, every_s: float = 0.005) -> None:
+    """Until a thing outside us is so; looks every few milliseconds, or less often where looking costs more."""
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.005)
+        time.sleep(every_s)
 
 
 def cpu_seconds(pid: int) -> float:

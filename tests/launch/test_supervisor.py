@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from prism_sgl.allocator.ledger import Ledger
 from prism_sgl.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE
 from prism_sgl.launch.processes import session_members
 from tests.launch.instance import Instance, free_port, is_alive, wait_for_end
@@ -142,6 +145,8 @@ def test_new_router_is_told_which_runtimes_live(instance: Instance) -> None:
     instance.line("code@host0.1: ready")
     assert f"{instance.pids()['router']} RuntimeExited(runtime='code@host0.2'" in instance.router_log()
     assert "expected=True" in instance.router_log()
+    # Nothing went wrong, so no line of its log says why.
+    assert "reason='killed by SIGKILL', expected=True" in instance.router_log()
     assert instance.end() == EXIT_OK
 
 
@@ -156,6 +161,26 @@ def test_death_of_a_standby_ends_its_workers_and_reports_each(instance: Instance
     log = instance.router_log()
     assert "RuntimeExited(runtime='chat@host0.1'" in log
     assert "RuntimeExited(runtime='code@host0.2'" in log
+    assert instance.end() == EXIT_OK
+
+
+_JOIN_AND_DIE = """
+import os, sys
+from prism_sgl.allocator.ledger import Kind, Ledger
+owner = Ledger.open(sys.argv[1]).join("chat@host0.1", floor=0, ceiling=8, priority=0, bell="")
+assert owner.try_reserve(Kind.KV, 3)
+os._exit(0)
+"""
+
+
+def test_what_a_dead_runtime_of_the_host_held_is_free_though_nobody_asks_for_it(instance: Instance) -> None:
+    subprocess.run([sys.executable, "-c", _JOIN_AND_DIE, str(instance.ledger)], check=True)
+    with Ledger.open(str(instance.ledger)) as ledger:
+        assert ledger.totals().returning == 3
+        os.kill(instance.pids()["standby-host0"], signal.SIGKILL)
+        instance.line("chat@host0.1: ended")
+        instance.line("code@host0.2: ended")
+        assert ledger.totals().free == ledger.budget
     assert instance.end() == EXIT_OK
 
 
