@@ -272,6 +272,26 @@ def _check_end(plan: Plan, world: World) -> None:
 
 if __name__ == "__main__":  # a fixed plan's trace, to be compared between processes of different hash seeds
     world = run_plan(
-        Plan(int(sys.argv[1]), 5, 2, 1, 40, 4, 2, 0.2, 0.2, 0.2, True, True, True, False, 8, 2, True, True, True)
+        Plan(
+            int(sys.argv[1]),
+            5,
+            2,
+            1,
+            40,
+            4,
+            2,
+            0.2,
+            0.2,
+            0.2,
+            True,
+            True,
+            True,
+            False,
+            8,
+            2,
+            True,
+            True,
+            True,
+        )
     )
     print(world.log.hexdigest())
