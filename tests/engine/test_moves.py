@@ -324,7 +324,6 @@ def test_a_request_without_slo_does_not_starve(pair: System) -> None:
     passed = sum(aged_at < stream.first_at < forgotten.first_at for stream in clients.streams)
     # Of the router's grants every fourth is for who has aged; what the engine has before it are an engine's window, and
     # as many again that may pass it there.
-    print("STARVE", forgotten.queued_s, forgotten.ttft_s, passed)
     assert passed <= AGED_EVERY + 2 * ENGINE_WINDOW
 
 
