@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
 from prism_sgl.schedulers import balance
+from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.memory_plan import idle_victim_at
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.pictures import Pictures
 from prism_sgl.schedulers.placement import Demand, Place
+from prism_sgl.schedulers.records import AWAKE, Device, Model, Role, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.sides import Pressure, Serving
-from prism_sgl.schedulers.state import AWAKE, Device, Fleet, Model, Role, Runtime
 
 # Of a pass: an exchange of two models, or two that leave the most pressed devices.
 _MOST_STEPS = 2
@@ -73,8 +74,6 @@ class Balancer:
         if now < self.next_at:
             return
         self._pass_at, self._passed_at = now + self._every_s, now
-        # A replica is given up when nothing is asked any more, so those are looked at as long as they are there.
-        self._asked = any(r.role is Role.REPLICA for m in self._fleet.models.values() for r in m.others)
         view = self._view(now)
         verdict = balance.rebalance(
             view.servings,
@@ -91,6 +90,8 @@ class Balancer:
             else:
                 role = Role.REPLICA if step.kind == "replica" else Role.INCOMING
                 self._mover.begin(model, step.target, now, step.reason, role, step.waits_for)
+        # A replica is given up when nothing is asked any more, so those are looked at as long as they are there.
+        self._asked = self._mover.has_replicas
 
     # ------------------------------------------------------------ what is seen
 
@@ -116,11 +117,15 @@ class Balancer:
         return _View(servings, places, pictures.kv_unit())
 
     def _settled(self, device: Device, pictures: Pictures, now: float) -> dict[str, int]:
-        """Idle models that give their memory to whoever wants it: they are in nobody's way."""
+        """Idle models that give their memory to whoever wants it: they are in nobody's way.
+
+        Not those that have a replica, which is to be given up.
+        """
         return {
             r.model: r.gives_bytes
             for r in pictures.residents(device)
             if not r.pinned and not r.busy and idle_victim_at(r, self._limits, urgent=False) <= now
+            if not device.residents[r.model].model.others
         }
 
     def _serving(
@@ -161,7 +166,9 @@ class Balancer:
             return f"it stays {until - now:.0f} s more after its last move, or the last try"
         if (left_s := runtime.awake_since + self._limits.min_residence_s - now) > 0:
             return f"it woke a moment ago and stays {left_s:.1f} s more"
-        if demand.pressure <= 0 and demand.compute <= 0:
+        if (
+            demand.pressure <= 0 and demand.compute <= 0 and not model.others
+        ):  # a replica is given up all the same
             return "nothing is asked of it"
         return ""
 

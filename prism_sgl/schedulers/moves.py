@@ -63,6 +63,13 @@ class Mover:
         incoming = model.incoming
         return None if incoming is None else incoming.device
 
+    @property
+    def has_replicas(self) -> bool:
+        """A model has one, or one is coming."""
+        return any(move.role is Role.REPLICA for move in self._moves.values()) or any(
+            runtime.role is Role.REPLICA for model in self._fleet.models.values() for runtime in model.others
+        )
+
     def rests_until(self, model: Model, now: float) -> float:
         """Not moved before; 0 if it may move."""
         until = self._rests_until.get(model.name, 0.0)

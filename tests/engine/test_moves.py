@@ -30,7 +30,7 @@ MAX_WAIT_S = 2.0
 ENGINE_WINDOW = 4 + WINDOW_EXTRA
 # Each device holds both models awake; in the beginning each has one of them. An engine runs four requests at once, so
 # that the others wait in the router. chat may be on one device only: a flood of requests brings it no replica. SGLang
-# logs requests, which says what engine took up which of them.
+# logs requests, which says what engine took up which of them. left and right have a device that holds one of them.
 CONFIG = """
 [server]
 port = {port}
@@ -53,6 +53,10 @@ memory = "1120MiB"
 name = "host1"
 kind = "host"
 memory = "1120MiB"
+[[devices]]
+name = "host2"
+kind = "host"
+memory = "640MiB"
 [models.chat]
 path = "{path}"
 devices = ["host0"]
@@ -66,12 +70,31 @@ log_requests = true
 log_requests_level = 0
 [models.code]
 path = "{path}"
+devices = ["host0", "host1"]
 max_kv = "64MiB"
 slo = {{ ttft_ms = 60000, tpot_ms = 100 }}
 [models.code.engine_args]
 context_length = 512
 dtype = "float32"
 max_running_requests = 4
+log_requests = true
+log_requests_level = 0
+[models.left]
+path = "{path}"
+devices = ["host2"]
+max_kv = "64MiB"
+[models.left.engine_args]
+context_length = 512
+dtype = "float32"
+log_requests = true
+log_requests_level = 0
+[models.right]
+path = "{path}"
+devices = ["host2"]
+max_kv = "64MiB"
+[models.right.engine_args]
+context_length = 512
+dtype = "float32"
 log_requests = true
 log_requests_level = 0
 """
@@ -238,9 +261,6 @@ def bring_together(system: System) -> None:
     """Both on one device, whatever was before. A replica lasts as long as its load is remembered."""
 
     def alone() -> bool:
-        system.generate(
-            "chat", long_prompt(9, 8), 1
-        )  # a pass, which gives replicas up, follows requests only
         return not any(told(system, model)["others"] for model in MODELS)
 
     wait_told(system, "one runtime each", alone, 120)
@@ -342,3 +362,17 @@ def test_two_busy_models_on_one_device_part_by_themselves(pair: System) -> None:
         device = device_of(pair, model)
         assert held_on(pair, model, device)["weights"] >= 500 * MIB
         assert owners_on(pair, device) == {model}
+
+
+def test_a_long_answer_is_set_aside_for_the_turn_of_the_other_model(pair: System) -> None:
+    """Who waits for memory gets its turn after max_wait, and answers under way then have as long to end."""
+    clients = Clients(pair)
+    long = clients.ask("left", long_prompt(900, 40), 400)
+    wait_for("it to stream", lambda: long.first_at)
+    short = clients.ask("right", long_prompt(901, 40), 8)
+    wait_for("the other's answer", lambda: short.ended_at)
+    assert 0 < len(long.tokens) < 400
+    clients.finish()
+    assert long.ended_at > short.ended_at
+    assert re.search(r"sleep: 1 requests wait for the wake", pair.log_text())
+    assert told(pair, "left")["wakes"] >= 1

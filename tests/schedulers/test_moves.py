@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prism_sgl.messages import (
     AdminReply,
     AskAdmin,
@@ -405,6 +407,23 @@ def test_model_wakes_on_the_less_pressed_of_its_two_devices() -> None:
     _Load(router).run(30, ["busy"])
     router.submit("r1")
     assert router.state("chat").device == "host1", f"it slept on {home} last, where busy is"
+
+
+def test_replica_begun_in_the_last_pass_is_looked_at_until_it_is_given_up() -> None:
+    """Nobody asks any more: without more passes it would stay for ever."""
+    router = two_devices()
+    controller = router.controller
+    balancer, mover = controller._balancer, controller._mover
+    router.wait(30)
+    assert balancer.next_at == math.inf
+    mover.begin(controller._fleet.models["chat"], "host1", router.now, "hot", Role.REPLICA)
+    balancer.asked()
+    router.wait(6)
+    assert balancer.next_at < math.inf, "it has no runtime yet"
+    hello(router, NEW)
+    assert [other.role for other in router.state("chat").others] == ["replica"]
+    router.wait(120)
+    assert [other.role for other in router.state("chat").others] in ([], ["leaving"])
 
 
 def test_replica_is_the_home_when_the_home_gives_way() -> None:
