@@ -28,9 +28,10 @@ pytestmark = pytest.mark.engine
 MODELS = ("chat", "code")
 MAX_WAIT_S = 2.0
 ENGINE_WINDOW = 4 + WINDOW_EXTRA
-# Each device holds both models awake; in the beginning each has one of them. An engine runs four requests at once, so
-# that the others wait in the router. chat may be on one device only: a flood of requests brings it no replica. SGLang
-# logs requests, which says what engine took up which of them. left and right have a device that holds one of them.
+# host0 and host1 hold chat and code awake; in the beginning each has one of them. An engine runs four requests at once,
+# so that the others wait in the router. Nothing moves by itself, for that hangs on how long a start takes here
+# (tests/launch/test_moves.py has that). SGLang logs requests, which says what engine took up which of them. left and
+# right have a device that holds one of them.
 CONFIG = """
 [server]
 port = {port}
@@ -38,8 +39,7 @@ run_dir = "{run_dir}"
 log_dir = "{log_dir}"
 drain_timeout = "2s"
 [scheduler]
-window = "30s"
-min_move_gain = 0.02
+min_move_gain = 10.0
 min_residence = "0s"
 max_wait = "2s"
 prefill_window = 1
@@ -258,12 +258,7 @@ def wait_told(system: System, what: str, true: Callable[[], bool], timeout_s: fl
 
 
 def bring_together(system: System) -> None:
-    """Both on one device, whatever was before. A replica lasts as long as its load is remembered."""
-
-    def alone() -> bool:
-        return not any(told(system, model)["others"] for model in MODELS)
-
-    wait_told(system, "one runtime each", alone, 120)
+    """Both on one device, whatever was before."""
     device = device_of(system, "chat")
     if device_of(system, "code") != device:
         reply = system.client.post(f"/api/v1/models/code/move?device={device}")
@@ -345,23 +340,6 @@ def test_a_request_without_slo_does_not_starve(pair: System) -> None:
     # Of the router's grants every fourth is for who has aged; what the engine has before it are an engine's window, and
     # as many again that may pass it there.
     assert passed <= AGED_EVERY + 2 * ENGINE_WINDOW
-
-
-def test_two_busy_models_on_one_device_part_by_themselves(pair: System) -> None:
-    bring_together(pair)
-    moves = sum(told(pair, model)["moves"] for model in MODELS)
-    clients = Clients(pair)
-    for model in MODELS:
-        for _ in range(3):
-            clients.keep_asking(model, 20, 40)
-    wait_told(pair, "a move", lambda: device_of(pair, "chat") != device_of(pair, "code"))
-    clients.finish()
-    assert sum(told(pair, model)["moves"] for model in MODELS) == moves + 1
-    wait_told(pair, "the source to end", lambda: not any(told(pair, m)["others"] for m in MODELS))
-    for model in MODELS:
-        device = device_of(pair, model)
-        assert held_on(pair, model, device)["weights"] >= 500 * MIB
-        assert owners_on(pair, device) == {model}
 
 
 def test_a_long_answer_is_set_aside_for_the_turn_of_the_other_model(pair: System) -> None:
