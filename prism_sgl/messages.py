@@ -193,7 +193,7 @@ class RuntimeStatus(msgspec.Struct, frozen=True, kw_only=True):
     runtime: RuntimeId
     device: str
     state: RuntimeState
-    role: str  # "replica" | "incoming" | "leaving"
+    role: str  # "replica" | "incoming" | "spare" | "leaving"
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):

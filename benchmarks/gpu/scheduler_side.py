@@ -27,9 +27,7 @@ def _grow(scheduler: Any, size_bytes: int) -> None:
 
     point = RuntimeMemory.current().safe_point
     assert point is not None
-    pages = point.allocator.elastic.pages
-    page_tokens = pages.blocks_per_page * point.allocator.page_size
-    wanted = math.ceil(size_bytes / pages.page_bytes) * page_tokens
+    wanted = math.ceil(size_bytes / point.allocator.elastic.pages.page_bytes) * point.allocator.page_tokens
     if not point.ensure_usable(point.allocator.usable_tokens() + wanted):
         raise RuntimeError("the memory did not come")
 

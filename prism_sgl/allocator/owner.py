@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 
 from prism_sgl.allocator import crash_points, doorbell, reclaim
 from prism_sgl.allocator.ledger_lock import Life
@@ -98,21 +99,28 @@ class Owner:
 
     def _asked_before_me(self) -> int:
         """Granules that living others wait for and that go before my borrowing."""
-        asks = self._table.column(Column.ASKED)
-        if not any(asks):
-            return 0
         now_ns = time.monotonic_ns()
         mine_at = self._asked_at(now_ns)
         total = 0
-        for slot, granules in enumerate(asks):
-            if granules <= 0 or slot == self._slot or self._table.read(Column.ASKED_UNTIL, slot) <= now_ns:
-                continue
+        for slot, granules in self._others_asking(now_ns):
             has_right = self._table.read(Column.KV, slot) < self._table.read(Column.FLOOR, slot)
             if (has_right or self._table.read(Column.ASKED_AT, slot) < mine_at) and self._table.lives.is_held(
                 slot
             ):
                 total += granules
         return total
+
+    def _others_asking(self, now_ns: int) -> Iterator[tuple[int, int]]:
+        """Slots of owners that still wait, and for how many granules."""
+        asks = self._table.column(Column.ASKED)
+        if any(asks):
+            for slot, granules in enumerate(asks):
+                if (
+                    slot != self._slot
+                    and granules > 0
+                    and self._table.read(Column.ASKED_UNTIL, slot) > now_ns
+                ):
+                    yield slot, granules
 
     def _asked_at(self, now_ns: int) -> int:
         """When my ask began, if I have one."""
@@ -177,12 +185,7 @@ class Owner:
         """A neighbour still waits for what it has asked for, or our ceiling demands it. Needs no lock."""
         if self.held(Kind.KV) > self._table.read(Column.CEILING, self._slot):
             return True
-        asks = self._table.column(Column.ASKED)
-        now_ns = time.monotonic_ns()
-        return any(
-            granules > 0 and slot != self._slot and self._table.read(Column.ASKED_UNTIL, slot) > now_ns
-            for slot, granules in enumerate(asks)
-        )
+        return any(True for _ in self._others_asking(time.monotonic_ns()))
 
     def answer_target(self, seq: int) -> None:
         """This target is met, or cannot be. A later one stays."""

@@ -122,8 +122,7 @@ class Giving:
         Later chunks of a chunked prefill are allocated without a new admission test, so what they need stays.
         """
         free = self.allocator.available_size() + self.tree.evictable_size() - self._chunked_tokens()
-        pages = self.allocator.elastic.pages
-        page_tokens = pages.blocks_per_page * self.allocator.page_size
+        page_tokens = self.allocator.page_tokens
         can_end = min(self._excess_pages(target.granules), (free - self._rest_of(requests)) // page_tokens)
         by_right = min(self._excess_pages(target.enforced), free // page_tokens)
         return int(max(can_end, by_right, 0))

@@ -104,7 +104,7 @@ class SafePoint:
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
-        pages = max(math.ceil(tokens / self._page_tokens), _GROW_PAGES)
+        pages = max(math.ceil(tokens / self.allocator.page_tokens), _GROW_PAGES)
         # Mapping is all or nothing: page by page where the device has less than the ledger says.
         ranges = self.allocator.elastic.grow_up_to(1 if self._device_was_short else pages)
         self.allocator.add_blocks(ranges)
@@ -145,13 +145,9 @@ class SafePoint:
         missing_bytes = self._bytes_for(max(0, tokens - self.allocator.usable_tokens()))
         return bool(self.memory.insist(attempt, missing_bytes, _FLOOR_TIMEOUT_S))
 
-    @property
-    def _page_tokens(self) -> int:
-        return self.allocator.elastic.pages.blocks_per_page * self.allocator.page_size
-
     def _bytes_for(self, tokens: int) -> int:
         """Whole pages."""
-        return math.ceil(tokens / self._page_tokens) * self.allocator.elastic.pages.page_bytes
+        return math.ceil(tokens / self.allocator.page_tokens) * self.allocator.elastic.pages.page_bytes
 
     def _waiting_tokens(self, running_batch: Any) -> int:
         """What admission will ask for the waiting requests that may start now (PrefillAdder.add_one_req)."""

@@ -89,6 +89,11 @@ class ElasticBlocks:
         """Tokens on mapped pages, used or free."""
         return self.usable_blocks * self.page_size
 
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page of the arena."""
+        return self.elastic.pages.blocks_per_page * self.page_size
+
     def unmapped_tokens(self) -> int:
         """Tokens that could be had by mapping the rest of the range."""
         return max(0, self.size // self.page_size - self.usable_blocks) * self.page_size

@@ -122,11 +122,7 @@ class Granter:
 
     def _next(self, device: Device, now: float) -> Request | None:
         """Of all models with an open window, the request that stands first in the order."""
-        full = len(
-            self._table.unanswered(device.name)
-        ) >= self._config.prefill_window and self._table.tokens_us(
-            device.name
-        ) >= WINDOW_US * self._num_computing(device)
+        full = self._is_full(device)
         if full and not any(
             self._table.queued(name) and self._has_no_prefill(runtime)
             for name, runtime in device.residents.items()
@@ -177,9 +173,12 @@ class Granter:
                 return True
         return False
 
-    def _num_computing(self, device: Device) -> int:
-        """Runtimes with requests: a prefill is measured beside them, and takes as many times what the device needs."""
-        return sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
+    def _is_full(self, device: Device) -> bool:
+        """Its window. A prefill is measured beside others, and takes as many times longer as runtimes compute."""
+        name = device.name
+        return len(self._table.unanswered(name)) >= self._config.prefill_window and self._table.tokens_us(
+            name
+        ) >= WINDOW_US * self._table.num_computing(device)
 
     def _has_no_prefill(self, runtime: Runtime) -> bool:
         return runtime.id is not None and not self._table.needed_us(runtime.id)
@@ -193,7 +192,7 @@ class Granter:
         )
 
     def _fits(self, runtime: Runtime, request: Request, device: Device) -> bool:
-        """The runtime's KV holds it to its end: the floor, and what nobody was promised or is expected to take."""
+        """The runtime's KV holds it on average: the floor, and what nobody was promised or is expected to take."""
         facts = runtime.model.facts
         if facts is None or not self._table.running(runtime.id):
             return True
@@ -232,9 +231,9 @@ class Granter:
         order = self._orders[runtime.device]
         is_aged = dispatch.aged_at(request, self._config.max_wait_s) < now
         order.since_aged = 0 if is_aged else order.since_aged + 1
-        latency = model.latency
-        request.needed_us = max(1, round(latency.estimate_s(request.prompt_tokens) * 1e6))
-        request.tokens_us = round((latency.estimate_s(request.prompt_tokens) - latency.alpha_s) * 1e6)
+        needed_s = model.latency.estimate_s(request.prompt_tokens)
+        request.needed_us = max(1, round(needed_s * 1e6))
+        request.tokens_us = round((needed_s - model.latency.alpha_s) * 1e6)
         request.ahead_us = self._table.needed_us(runtime.id)
         self._table.grant(request, runtime.id, runtime.device, now)
         runtime.served = True

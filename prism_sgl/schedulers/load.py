@@ -49,9 +49,6 @@ class LoadEstimate:
             # Engines that compute at once share the device: alone the step would be that much shorter.
             self._steps.append(decode_s / (answer_tokens - 1) / max(1, sharers))
 
-    def requests_per_s(self, now: float) -> float:
-        return self._requests.per_s(now)
-
     def noise(self, now: float) -> float:
         """Relative standard error of what is asked, as its prompts' tokens show it: they have what makes it uncertain,
         how many requests came, in clumps or not, and of which lengths."""

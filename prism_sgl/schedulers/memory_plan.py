@@ -93,7 +93,7 @@ def find_room(
     idle = [r for r in residents if not r.pinned and not r.busy]
     ready = sorted(
         (r for r in idle if idle_victim_at(r, limits, urgent) <= now),
-        key=lambda r: (r.served, r.idle_since, r.model),
+        key=_longest_idle_first,
     )
     sleep = _enough(ready, missing)
     if sleep is not None:
@@ -142,18 +142,18 @@ def kv_victims(
                 ready.append(resident)
             else:
                 look_at = min(look_at, at)
-    ready.sort(key=lambda r: (r.served, r.idle_since, r.model))
-    chosen: list[Resident] = []
-    for victim in ready:
-        if missing_bytes <= 0:
-            break
-        chosen.append(victim)
-        missing_bytes -= victim.gives_bytes
+    chosen, missing_bytes = _first(sorted(ready, key=_longest_idle_first), missing_bytes)
     return chosen, look_at if missing_bytes > 0 else math.inf
 
 
 def _enough(victims: Sequence[Resident], missing_bytes: int) -> list[Resident] | None:
     """The first of them that together give what is missing; None if all do not."""
+    chosen, missing_bytes = _first(victims, missing_bytes)
+    return chosen if missing_bytes <= 0 else None
+
+
+def _first(victims: Sequence[Resident], missing_bytes: int) -> tuple[list[Resident], int]:
+    """As many of the first ones as it takes, and what is missing still."""
     chosen: list[Resident] = []
     for victim in victims:
         if missing_bytes <= 0:
@@ -161,7 +161,12 @@ def _enough(victims: Sequence[Resident], missing_bytes: int) -> list[Resident] |
         if victim.gives_bytes > 0:
             chosen.append(victim)
             missing_bytes -= victim.gives_bytes
-    return chosen if missing_bytes <= 0 else None
+    return chosen, missing_bytes
+
+
+def _longest_idle_first(resident: Resident) -> tuple[bool, float, str]:
+    """Those that never served before all."""
+    return (resident.served, resident.idle_since, resident.model)
 
 
 def _give(victims: Sequence[Resident], needed_bytes: int, tally: Tally) -> None:

@@ -132,13 +132,11 @@ class Mover:
             if now - move.since > _ROOM_WAIT_S:
                 self._give_up(model, f"no room on {move.device} in {_ROOM_WAIT_S:.0f} s", now)
                 continue
-            if (
-                move.device not in self._spares(model)
-                and self._fleet.num_starting >= self._limits.start_parallel
-            ):
+            spare = device.residents.get(name)
+            starts = spare is None or not spare.is_spare
+            if starts and self._fleet.num_starting >= self._limits.start_parallel:
                 continue
             needed_bytes = self._fleet.mapped_bytes(model)
-            spare = device.residents.get(name)
             needed_bytes -= spare.charged_bytes if spare is not None else 0
             residents = [r for r in pictures.residents(device) if r.model != name]
             tally = pictures.tally(device)
@@ -205,9 +203,6 @@ class Mover:
             self._fleet.set_role(runtime, Role.SPARE)
         else:
             self._lifecycle.retire(runtime, now, "sleeps, and is not kept")
-
-    def _spares(self, model: Model) -> set[str]:
-        return {runtime.device for runtime in model.others if runtime.is_spare and runtime.device is not None}
 
     def start_spare(self, pictures: Pictures, now: float) -> None:
         """One at a time, where all is calm and a device has room for it awake: it starts, and sleeps at once."""

@@ -300,12 +300,13 @@ def plan(demands: Sequence[Demand], places: Sequence[Place], kv_unit: float = 1.
         packing = pack(alike, [replace(place, compute=place.home_reads) for place in places], kv_unit)
         why = f"all models decoding would read {show_size(round(packing.largest))}/s on a device at most"
     return {
-        demand.model: Choice(device, why)
-        if device is not None
-        else choose(demand, [])
-        if not demand.devices
-        else Choice(
-            None, f"{demand.model} needs {show_size(demand.needed_bytes)}; no device has as much free"
-        )
+        demand.model: _left_out(demand) if device is None else Choice(device, why)
         for demand, device in zip(demands, packing.devices, strict=True)
     }
+
+
+def _left_out(demand: Demand) -> Choice:
+    if not demand.devices:
+        return choose(demand, [])
+    needed = show_size(demand.needed_bytes)
+    return Choice(None, f"{demand.model} needs {needed}; no device has as much free")

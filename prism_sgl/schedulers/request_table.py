@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from prism_sgl.messages import RequestId, RuntimeId
-from prism_sgl.schedulers.records import Phase, Request
+from prism_sgl.schedulers.records import Device, Phase, Request
 
 # Ends are remembered so that a repeated Submit or a late ApiHello does not bring a finished request back to
 # life. At 1000 requests/s this is 16 s, far longer than a message travels.
@@ -68,8 +68,12 @@ class RequestTable:
     def unanswered(self, device: str) -> Mapping[RequestId, Request]:
         return self._unanswered.get(device, _NOTHING)
 
+    def num_computing(self, device: Device) -> int:
+        """Runtimes of the device with requests in flight: they share its time."""
+        return sum(bool(self.running(runtime.id)) for runtime in device.residents.values())
+
     def kv_tokens(self, runtime: RuntimeId | None) -> int:
-        """What the requests in flight there are expected to hold at their ends."""
+        """What the requests in flight there hold on average."""
         return 0 if runtime is None else self._kv_tokens[runtime]
 
     def needed_us(self, runtime: RuntimeId) -> int:

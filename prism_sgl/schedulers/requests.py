@@ -245,13 +245,12 @@ class RequestDesk:
         device = self._fleet.devices.get(request.device or "")
         if device is None or request.prompt_tokens <= 0 or request.is_aside:
             return  # when it began is not known (an earlier router granted it), or it was set aside
-        sharers = sum(bool(self._table.running(runtime.id)) for runtime in device.residents.values())
         self._fleet.models[request.model].load.answered(
             message.total_s,
             request.ttft_s,
             (message.prompt_tokens or request.prompt_tokens) + message.completion_tokens,
             message.completion_tokens,
-            sharers,
+            self._table.num_computing(device),
         )
 
     def _find(self, message: Started | FirstToken | Finished) -> Request | None:

@@ -28,11 +28,31 @@ pytestmark = pytest.mark.engine
 MODELS = ("chat", "code")
 MAX_WAIT_S = 2.0
 ENGINE_WINDOW = 4 + WINDOW_EXTRA
+
+
 # host0 and host1 hold chat and code awake; in the beginning each has one of them. An engine runs four requests at once,
 # so that the others wait in the router. Nothing moves by itself, for that hangs on how long a start takes here
 # (tests/launch/test_moves.py has that). SGLang logs requests, which says what engine took up which of them. left and
 # right have a device that holds one of them.
-CONFIG = """
+def table(name: str, devices: str, slo: str = "", args: str = "") -> str:
+    """Of one model; ``{path}`` is filled in later."""
+    return f"""
+[models.{name}]
+path = "{{path}}"
+devices = {devices}
+max_kv = "64MiB"
+{slo}
+[models.{name}.engine_args]
+context_length = 512
+dtype = "float32"
+{args}
+log_requests = true
+log_requests_level = 0
+"""
+
+
+CONFIG = (
+    """
 [server]
 port = {port}
 run_dir = "{run_dir}"
@@ -57,47 +77,14 @@ memory = "1120MiB"
 name = "host2"
 kind = "host"
 memory = "640MiB"
-[models.chat]
-path = "{path}"
-devices = ["host0"]
-max_kv = "64MiB"
-slo = {{ ttft_ms = 2000, tpot_ms = 100 }}
-[models.chat.engine_args]
-context_length = 512
-dtype = "float32"
-max_running_requests = 4
-log_requests = true
-log_requests_level = 0
-[models.code]
-path = "{path}"
-devices = ["host0", "host1"]
-max_kv = "64MiB"
-slo = {{ ttft_ms = 60000, tpot_ms = 100 }}
-[models.code.engine_args]
-context_length = 512
-dtype = "float32"
-max_running_requests = 4
-log_requests = true
-log_requests_level = 0
-[models.left]
-path = "{path}"
-devices = ["host2"]
-max_kv = "64MiB"
-[models.left.engine_args]
-context_length = 512
-dtype = "float32"
-log_requests = true
-log_requests_level = 0
-[models.right]
-path = "{path}"
-devices = ["host2"]
-max_kv = "64MiB"
-[models.right.engine_args]
-context_length = 512
-dtype = "float32"
-log_requests = true
-log_requests_level = 0
 """
+    + table("chat", '["host0"]', "slo = {{ ttft_ms = 2000, tpot_ms = 100 }}", "max_running_requests = 4")
+    + table(
+        "code", '["host0", "host1"]', "slo = {{ ttft_ms = 60000, tpot_ms = 100 }}", "max_running_requests = 4"
+    )
+    + table("left", '["host2"]')
+    + table("right", '["host2"]')
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prism_sgl.launch.replay.client import LiveServer, Prompts
 from prism_sgl.launch.replay.live import LiveReplay, replay_live
 from prism_sgl.launch.replay.runs import Run, Runner
 from prism_sgl.schedulers.replay.outcomes import summarise
-from prism_sgl.schedulers.replay.spec import Arrival, Slo
 
 POLICY = "live"
 
@@ -82,7 +82,9 @@ class Target:
                 slos = {spec.name: spec.slo for spec in runner.fleet(slo_scale, gpus).models}
                 show = f"{POLICY} x{rate_scale:g}"
                 replays = [
-                    await self._replay(server, runner.arrivals(rate_scale, seed), slos, show, progress)
+                    await replay_live(
+                        server, runner.arrivals(rate_scale, seed), slos, progress=partial(progress, show)
+                    )
                     for seed in range(repeats)
                 ]
                 run = Run.of(
@@ -95,16 +97,6 @@ class Target:
                 )
                 found.append(LiveRun(run, tuple(replays)))
             return found
-
-    async def _replay(
-        self,
-        server: LiveServer,
-        arrivals: Sequence[Arrival],
-        slos: Mapping[str, Slo],
-        show: str,
-        progress: Callable[[str, int], None],
-    ) -> LiveReplay:
-        return await replay_live(server, arrivals, slos, progress=lambda done: progress(show, done))
 
 
 def _mean(counts: Sequence[int | None]) -> int | None:

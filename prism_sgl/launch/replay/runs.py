@@ -185,12 +185,11 @@ class Runner:
         is blind to the load may be worse with one more), so a larger number may fail again.
         """
         least = max(spec.tp for spec in self._file.fleet.models)
-        for gpus in range(least, most):
+        for gpus in range(min(least, most), most + 1):
             run = self.run(policy, rate_scale, slo_scale, gpus)
             if run.summary.ttft_attainment >= target:
                 return gpus, run
-        run = self.run(policy, rate_scale, slo_scale, most)
-        return (most if run.summary.ttft_attainment >= target else None), run
+        return None, run
 
 
 def _mean(summaries: Sequence[Summary]) -> Summary:

@@ -87,8 +87,7 @@ class Engine:
     def set_aside(self) -> list[Job]:
         """Take all requests out, to be submitted again: their prompts and what is written are prefilled anew then."""
         if self._doing is Doing.DECODE:
-            self._account()
-            self._count_steps(min(self._burst, int(self._done_s / self._burst_step_s)))
+            self._count_done_steps()
         jobs = [*self._prefilling, *self.waiting]
         while self._batch.size:
             jobs.append(self._batch.retract())
@@ -147,8 +146,7 @@ class Engine:
             self.waiting.remove(job)
             return
         if self._doing is Doing.DECODE:
-            self._account()
-            self._count_steps(min(self._burst, int(self._done_s / self._burst_step_s)))
+            self._count_done_steps()
         self._batch.remove(job)
         self._pages.fit(self._live_tokens)
         self._next()
@@ -280,6 +278,11 @@ class Engine:
             self._burst = steps
             self._work_s = steps * self._burst_step_s
             self._schedule()
+
+    def _count_done_steps(self) -> None:
+        """Of a burst that is cut short; the step at hand is lost."""
+        self._account()
+        self._count_steps(min(self._burst, int(self._done_s / self._burst_step_s)))
 
     def _count_steps(self, steps: int) -> None:
         self._burst = 0

@@ -114,10 +114,6 @@ class ReplayRuntime:
     def held_bytes(self) -> int:
         return self._device.held_by(self._engine.owner)
 
-    @property
-    def num_jobs(self) -> int:
-        return len(self._jobs)
-
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
