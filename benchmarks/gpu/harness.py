@@ -503,9 +503,7 @@ class Neighbour:
                 return None
             if now - asked_at > 0.25:
                 asked_at = now
-                missing = granules - self._ledger.totals().free
-                if missing > 0:
-                    self._owner.post_targets(missing, 0.25)
+                self._owner.post_targets(granules, 0.25)
             time.sleep(0.0005)
         return time.monotonic() - began
 

@@ -199,8 +199,9 @@ class Owner:
                 self._table.write(Column.ANSWERED_SEQ, self._slot, seq)
 
     def post_targets(self, granules: int, deadline_s: float) -> list[Posted]:
-        """Ask neighbours for so many granules that are missing now; rings their bells.
+        """Wait in line for so many granules, and ask neighbours for what of them is not free; rings their bells.
 
+        What is free waits for us as well: a neighbour that borrowed it would leave us short of what it gives.
         May be repeated while they are missing: what this owner has asked for and victims still owe is counted,
         and a victim that others have asked is asked for so much more.
         """
@@ -214,8 +215,9 @@ class Owner:
             coming = sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
             late = [post.bell for post in self._posted if post.target.overdue(now_ns)]
             self._ask(granules, now_ns, deadline_ns)
+            missing = granules - max(0, self._table.free() - self._asked_before_me())
             claims = reclaim.choose_victims(
-                owners[self._slot], list(owners.values()), granules - coming, now_ns
+                owners[self._slot], list(owners.values()), missing - coming, now_ns
             )
             posted = [self._post(claim, deadline_ns) for claim in claims]
             self._posted += posted

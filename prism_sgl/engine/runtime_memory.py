@@ -107,10 +107,13 @@ class RuntimeMemory:
         self.kv = pool
         return pool
 
-    def insist(self, attempt: Callable[[], T | None], wanted_bytes: int, timeout_s: float) -> T | None:
+    def insist(
+        self, attempt: Callable[[], T | None], wanted_bytes: int | Callable[[], int], timeout_s: float
+    ) -> T | None:
         """Try until it works or time is over, asking the neighbours for what is missing meanwhile.
 
-        ``attempt`` returns None (or False) on shortage and has then changed nothing.
+        ``attempt`` returns None (or False) on shortage. If it then keeps what it got, ``wanted_bytes`` is a function
+        that says what it still wants.
         """
         deadline = time.monotonic() + timeout_s
         asked_at = -math.inf
@@ -122,12 +125,12 @@ class RuntimeMemory:
             if now >= deadline:
                 return None
             if now - asked_at > TARGET_DEADLINE_S:
-                self.ask_neighbours(granules(wanted_bytes))
+                self.ask_neighbours(granules(wanted_bytes() if callable(wanted_bytes) else wanted_bytes))
                 asked_at = now
             self.bell.wait(_LOOK_AGAIN_S)
 
     def ask_neighbours(self, wanted: int) -> None:
-        """Post reclaim targets for ``wanted`` granules, after what dead owners left has been taken back."""
+        """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back."""
         late = self.owner.overdue_victims()
         if late and late != self._told_late:
             log.warning(
@@ -135,10 +138,6 @@ class RuntimeMemory:
             )
         self._told_late = late
         self.ledger.reap(self.device.free_granules())
-        missing = wanted - self.ledger.totals().free
-        if missing > 0:
-            posted = self.owner.post_targets(missing, TARGET_DEADLINE_S)
-            if posted:
-                log.info(
-                    "asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted)
-                )
+        posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S)
+        if posted:
+            log.info("asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted))

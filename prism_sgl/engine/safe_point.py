@@ -92,6 +92,10 @@ class SafePoint:
             wanted -= gained
             lacking -= gained
             running_batch.batch_is_full = False
+        if not busy:
+            self._tell_of_strangers(
+                False, enough=True
+            )  # nobody waits, with what there is; the next shortage is news
         if waiting and running_batch.is_empty():
             # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
             running_batch.batch_is_full = False
@@ -109,14 +113,13 @@ class SafePoint:
         ranges = self.allocator.elastic.grow_up_to(1 if self._device_was_short else pages)
         self.allocator.add_blocks(ranges)
         gained = sum(len(r) for r in ranges) * self.allocator.page_size
-        self._tell_of_strangers(self.allocator.elastic.device_is_short, enough=gained >= tokens)
+        # A single page that comes free in between is not the end of a shortage.
+        enough = gained >= min(tokens, self.allocator.page_tokens + 1)
+        self._tell_of_strangers(self.allocator.elastic.device_is_short, enough=enough)
         return gained
 
     def _tell_of_strangers(self, device_is_short: bool, *, enough: bool) -> None:
-        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why.
-
-        A single page that comes free in between is not the end of it.
-        """
+        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why."""
         self._device_was_short = device_is_short
         if device_is_short and not self._strangers_told:
             self._strangers_told = True
@@ -127,7 +130,7 @@ class SafePoint:
             )
         if self._strangers_told and enough and not device_is_short:
             self._strangers_told = False
-            log.info("%s has memory again", self.memory.spec.device)
+            log.info("%s has memory for waiting requests again", self.memory.spec.device)
 
     def ensure_usable(self, tokens: int) -> bool:
         """Wait until pages for ``tokens`` tokens are mapped, used ones included; False if they never came.
@@ -136,14 +139,15 @@ class SafePoint:
         router keeps the sum of floors within the budget, so somebody is above his floor and will give.
         """
 
-        def attempt() -> bool:
-            missing = tokens - self.allocator.usable_tokens()
-            if missing > 0:
-                self.grow(missing)
-            return self.allocator.usable_tokens() >= tokens
+        def missing() -> int:
+            return max(0, tokens - self.allocator.usable_tokens())
 
-        missing_bytes = self._bytes_for(max(0, tokens - self.allocator.usable_tokens()))
-        return bool(self.memory.insist(attempt, missing_bytes, _FLOOR_TIMEOUT_S))
+        def attempt() -> bool:
+            if missing():
+                self.grow(missing())
+            return not missing()
+
+        return bool(self.memory.insist(attempt, lambda: self._bytes_for(missing()), _FLOOR_TIMEOUT_S))
 
     def _bytes_for(self, tokens: int) -> int:
         """Whole pages."""

@@ -161,6 +161,11 @@ def test_only_who_lacks_its_floor_or_ranks_higher_may_send_requests_back() -> No
 # ---------------------------------------------------------------- in the ledger
 
 
+def fill(ledger: Ledger) -> None:
+    """Nothing is free any more, and what this takes cannot be asked for."""
+    assert join(ledger, "rest").try_reserve(Kind.OVERHEAD, ledger.totals().free)
+
+
 def test_a_target_is_posted_rung_and_answered(ledger: Ledger, tmp_path: Path) -> None:
     bell = doorbell.Doorbell(str(tmp_path / "bell"))
     victim = join(ledger, "victim", bell=bell.path)
@@ -219,6 +224,7 @@ def test_only_what_is_asked_by_right_is_enforced(ledger: Ledger) -> None:
     for busy in (victim, equal, entitled):
         busy.set_activity(True, 0, 1)
     assert victim.try_reserve(Kind.KV, 60)
+    fill(ledger)
     equal.post_targets(20, 60.0)
     target = victim.target()
     assert target is not None and (target.granules, target.enforced) == (40, NOT_ENFORCED)
@@ -274,6 +280,25 @@ def test_what_comes_free_waits_for_whoever_asked(ledger: Ledger) -> None:
     assert not victim.try_reserve(Kind.KV, 1)
     asker.set_activity(True, 0, 0)  # wants no more
     assert victim.try_reserve(Kind.KV, 5)
+
+
+def test_what_is_free_waits_with_what_is_asked_for(ledger: Ledger) -> None:
+    """A victim that borrows the free rest would leave an asker of whole pages short of one."""
+    victim, asker = join(ledger, "victim", floor=10), join(ledger, "asker", floor=40)
+    assert victim.try_reserve(Kind.KV, 90)
+    (posted,) = asker.post_targets(30, 60.0)
+    assert posted.granules == 20  # ten are free
+    assert not victim.try_reserve(Kind.KV, 1)
+    victim.release(Kind.KV, 20)
+    assert victim.reserve_up_to(Kind.KV, 20) == 0
+    assert asker.try_reserve(Kind.KV, 30)
+
+
+def test_what_is_free_for_who_asked_before_is_not_free_for_us(ledger: Ledger) -> None:
+    victim, first, second = join(ledger, "victim"), join(ledger, "first", floor=30), join(ledger, "second")
+    assert victim.try_reserve(Kind.KV, 80)
+    assert first.post_targets(20, 60.0) == []
+    assert [p.granules for p in second.post_targets(10, 60.0)] == [10]
 
 
 def test_what_an_owner_may_claim_by_right_does_not_wait(ledger: Ledger) -> None:
@@ -344,13 +369,14 @@ def test_a_sleeper_settles_its_target_by_giving_weights_back(ledger: Ledger) -> 
     assert sleeper.try_reserve(Kind.WEIGHTS, 60)
     assert sleeper.try_reserve(Kind.OVERHEAD, 5)
     fall_asleep(sleeper)
+    fill(ledger)
     (posted,) = asker.post_targets(25, 60.0)
     assert (posted.name, posted.granules, posted.target.granules) == ("sleeper", 25, 35)
     assert sleeper.target() == posted.target
     assert asker.post_targets(25, 60.0) == []  # it is on its way
     sleeper.release(Kind.WEIGHTS, 24)
     assert sleeper.target() == posted.target
-    assert asker.post_targets(1, 60.0) == []
+    assert asker.post_targets(25, 60.0) == []  # one is on its way, the others are there
     sleeper.release(Kind.WEIGHTS, 1)
     assert sleeper.target() is None
     ledger.check()
@@ -385,16 +411,20 @@ def test_a_change_of_state_settles_targets_and_who_lacks_memory_asks_again(ledge
     victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=90)
     assert victim.try_reserve(Kind.KV, 40)
     assert victim.try_reserve(Kind.WEIGHTS, 50)
+    fill(ledger)
     assert [p.target.granules for p in asker.post_targets(30, 60.0)] == [10]
     victim.set_state(RuntimeState.AWAKE)  # no change
     assert victim.target() is not None
     fall_asleep(victim)
+    fill(ledger)
     assert victim.target() is None
     assert [(p.granules, p.target.granules) for p in asker.post_targets(30, 60.0)] == [(30, 20)]
     victim.set_state(RuntimeState.WAKING)
     assert victim.target() is None
     assert asker.post_targets(30, 60.0) == []  # one that wakes is not asked
     victim.set_state(RuntimeState.AWAKE)
+    victim.release(Kind.WEIGHTS, 5)
+    asker.set_activity(True, 0, 1)  # what is free waits for it until it wants no more
     assert victim.try_reserve(Kind.KV, 5)
     assert [(p.granules, p.target.granules) for p in asker.post_targets(30, 60.0)] == [(5, 0)]
     ledger.check()
@@ -408,6 +438,7 @@ def test_what_was_asked_before_a_change_of_state_is_owed_no_more(ledger: Ledger)
     assert victim.try_reserve(Kind.WEIGHTS, 60)
     assert [p.target.granules for p in first.post_targets(10, 60.0)] == [30]
     fall_asleep(victim)
+    fill(ledger)
     assert [p.target.granules for p in second.post_targets(20, 60.0)] == [40]
     assert [(p.granules, p.target.granules) for p in first.post_targets(10, 60.0)] == [(10, 30)]
     assert first.post_targets(10, 60.0) == []

@@ -107,7 +107,7 @@ def test_memory_taken_outside_the_ledger_is_waited_for(pairs: dict[str, Pair]) -
     stranger.wait(30)
     said = pair.ours.log_matches(r"(another process holds it)", mark)
     assert len(said) == 1
-    assert pair.ours.log_matches(r"(has memory again)", mark)
+    assert pair.ours.log_matches(r"(has memory for waiting requests again)", mark)
     assert answers(pair.ours) == before
 
 
