@@ -1,22 +1,23 @@
-"""What growing, giving back and allocating cost: our arena and slots against stock SGLang and kvcached's way.
+"""What growing, giving back and allocating cost: our arena and slots against stock SGLang and kvcached.
 
     python -m benchmarks.gpu.grow [--quick]
 
-No engine and no model; one process, through ``CudaArena``, ``ElasticPool`` and ``ElasticTokenAllocator``. Device time:
-about 1.5 minutes, half of them SGLang's imports. Needs 20 GiB of card memory.
-
-kvcached's way is what its 0.1.6 does for an 8B of 32 layers, with the same driver calls from the same process, page by
-page, no batching (facts/kvcached.md section 2): to grow, unmap the zero page, create, map, set access; to give back,
-synchronise the device, unmap, release, and map the zero page again. A granule is 128 MiB: by default one "compound"
-page each, without contiguous layout 64 pages of 2 MiB. kvcached itself does it in C++, so its calls are the same but
-the Python around ours is more; the calls are what counts (10 to 30 us each).
+No engine and no model; ours in this process, through ``CudaArena``, ``ElasticPool`` and ``ElasticTokenAllocator``;
+kvcached in one of its own (kvcached_process.py), if it is importable, once in each of its layouts. A granule of its is
+128 MiB for an 8B: by default one "compound" page, without contiguous layout 64 pages of 2 MiB. Device time: about
+2.5 minutes, most of them SGLang's imports. Needs 20 GiB of card memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,13 +25,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu.harness import GIB, MIB, bounded, open_results, say
+from benchmarks.gpu.harness import GIB, MIB, bounded, kvcached_environment, open_results, say
 from benchmarks.gpu.results import Results
 
 PAGE_SIZES_MIB = (2, 16, 32, 64, 128)
-GRANULE_BYTES = 128 * MIB  # kvcached's, 32 layers
 TOKEN_BYTES = 128 * 1024  # of an 8B
-OUR_PAGE_MIB = 64
+OUR_PAGE_MIB = 128  # the product's default on a card
+GROW_TOKENS = 8 * GIB // TOKEN_BYTES  # far beyond the pages that kvcached keeps mapped ahead
 STEPS_AT_ONCE = 50
 
 
@@ -68,50 +69,20 @@ def stock_alloc(results: Results, rounds: int) -> tuple[float, float]:
     return times
 
 
-def kvcached_way(page_bytes: int, rounds: int) -> tuple[float, float]:
-    """(grow, give back) 1 GiB as kvcached does it, in pages of this size."""
-    import torch
-
-    from prism_sgl.allocator.cuda_calls import CudaCalls
-
-    calls = CudaCalls(0)
-    num_pages = GIB // page_bytes
-    base = calls.reserve(GIB)
-    zero = calls.create(page_bytes)
-    addresses = [base + number * page_bytes for number in range(num_pages)]
-    handles: dict[int, int] = {}
-
-    def alias(address: int) -> None:
-        calls.map(address, page_bytes, zero)
-        calls.allow_access(address, page_bytes)
-
-    def grow() -> None:
-        for address in addresses:
-            calls.unmap(address, page_bytes)
-            handles[address] = calls.create(page_bytes)
-            calls.map(address, page_bytes, handles[address])
-            calls.allow_access(address, page_bytes)
-
-    def give_back() -> None:
-        per_granule = max(1, GRANULE_BYTES // page_bytes)
-        for number, address in enumerate(addresses):
-            if number % per_granule == 0:
-                torch.cuda.synchronize()
-            calls.unmap(address, page_bytes)
-            calls.release(handles.pop(address))
-            alias(address)
-
-    for address in addresses:
-        alias(address)
-    try:
-        return median_ms(grow, give_back, rounds)
-    finally:
-        for address in addresses:
-            calls.unmap(address, page_bytes)
-        for handle in handles.values():
-            calls.release(handle)
-        calls.release(zero)
-        calls.free_addresses(base, GIB)
+def kvcached_itself(folder: str, rounds: int, *, contiguous: bool) -> dict[str, float]:
+    """What kvcached_process.py reports, as far as it came; empty if kvcached is not installed."""
+    environment = kvcached_environment(Path(folder), "grow")
+    if environment is None:
+        return {}
+    command = [sys.executable, "-m", "benchmarks.gpu.kvcached_process", f"--rounds={rounds}"]
+    if not contiguous:
+        environment["KVCACHED_CONTIGUOUS_LAYOUT"] = "false"
+        command.append("--only-mapping")
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"what"')]
+    if done.returncode:
+        say(f"kvcached ended with {done.returncode}: {done.stderr[-2000:]}")
+    return {line["what"]: line["value"] for line in lines}
 
 
 def arena_times(page_mib: int, rounds: int, *, zeroed: bool) -> tuple[float, float]:
@@ -137,11 +108,6 @@ def measure_mapping(results: Results, rounds: int) -> None:
     stock = (0.0, 0.0)
     with results.attempt("stock"):
         stock = stock_alloc(results, rounds)
-    kvcached: dict[str, tuple[float, float]] = {}
-    for name, page_bytes in (("compound pages of 128 MiB", GRANULE_BYTES), ("64 pages of 2 MiB", 2 * MIB)):
-        with results.attempt(f"kvcached's way, {name}"):
-            kvcached[name] = kvcached_way(page_bytes, max(3, rounds // 3))
-            say(f"kvcached's way, {name}: {kvcached[name]} ms/GiB")
     for page_mib in PAGE_SIZES_MIB:
         with results.attempt(f"pages of {page_mib} MiB"):
             few = max(3, rounds // 3) if page_mib == 2 else rounds
@@ -163,22 +129,10 @@ def measure_mapping(results: Results, rounds: int) -> None:
                     if what == "grow"
                     else "",
                 )
-            if ours:
-                for name, (grow_ms, give_ms) in kvcached.items():
-                    for what, value, peer in (("grow", mapped, grow_ms), ("give back", unmapped, give_ms)):
-                        results.add(
-                            f"{what} 1 GiB, against kvcached's way, {name}",
-                            value,
-                            peer,
-                            "ms/GiB",
-                            target=">= 10x",
-                            met=peer >= 10 * value,
-                            note=f"{peer / value:.1f} times; its calls made by us, not kvcached itself",
-                        )
 
 
 def build_elastic(folder: str, size_bytes: int) -> tuple[Any, Any]:
-    """(allocator with all blocks usable, its pool)"""
+    """(allocator with the first page's blocks, its pool)"""
     import torch
 
     from prism_sgl.allocator.elastic_pool import ElasticPool
@@ -204,9 +158,7 @@ def build_elastic(folder: str, size_bytes: int) -> tuple[Any, Any]:
     allocator = ElasticTokenAllocator(
         pages.num_blocks - 1, torch.bfloat16, "cuda", SimpleNamespace(elastic=pool, layout=layout)
     )
-    floor_bytes = pool.mapped_bytes
-    allocator.add_blocks(pool.grow_up_to(num_pages))
-    return allocator, SimpleNamespace(pool=pool, arena=arena, floor_bytes=floor_bytes, page_bytes=page_bytes)
+    return allocator, SimpleNamespace(pool=pool, arena=arena, page_bytes=page_bytes)
 
 
 def steps_us(allocator: Any, batch: int, steps: int) -> float:
@@ -281,12 +233,19 @@ def while_busy_us(action: Callable[[], object], prepare: Callable[[], object], r
 
 
 def measure_slots(results: Results, rounds: int, folder: str) -> None:
+    # Before the imports here: two of them side by side would measure each other.
+    peer = kvcached_itself(folder, max(3, rounds // 4), contiguous=True)
+    scattered = kvcached_itself(folder, 3, contiguous=False)
     import torch
 
     say("importing SGLang's allocators")
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
-    ours, parts = build_elastic(folder, 8 * GIB)
+    ours, parts = build_elastic(folder, 8 * GIB + 2 * OUR_PAGE_MIB * MIB)
+    for layout, reported in (("its default layout", peer), ("its other layout", scattered)):
+        with results.attempt(f"kvcached, {layout}"):
+            measure_against_kvcached(results, ours, parts, reported, layout)
+    ours.add_blocks(parts.pool.grow_up_to(parts.arena.num_pages))
     stock = TokenToKVPoolAllocator(8 * GIB // TOKEN_BYTES - 1, torch.bfloat16, "cuda", None, need_sort=False)
     steps = 300 * rounds
     for batch in (1, 32, 256):
@@ -297,12 +256,9 @@ def measure_slots(results: Results, rounds: int, folder: str) -> None:
                 pair = [(mine, ours), (theirs, stock)]
                 for times, allocator in pair if turn % 2 else pair[::-1]:
                     times.append(steps_us(allocator, batch, steps))
-            results.add(
-                f"alloc and free a step, batch {batch}",
-                statistics.median(mine[1:]),
-                statistics.median(theirs[1:]),
-                "us",
-            )
+            what, spent_us = f"alloc and free a step, batch {batch}", statistics.median(mine[1:])
+            results.add(f"{what}, against stock", spent_us, statistics.median(theirs[1:]), "us")
+            results.add(f"{what}, against kvcached", spent_us, peer.get(f"step_us_{batch}"), "us")
     with results.attempt("no sync in the steady state"):
         reason = runs_without_sync(ours)
         results.add(
@@ -322,20 +278,9 @@ def measure_slots(results: Results, rounds: int, folder: str) -> None:
         stock_us = while_busy_us(
             lambda: stock.free(slots.pop()), lambda: slots.append(stock.alloc(4096).clone()), rounds
         )
-        ids = torch.arange(4096, device="cuda")
-        peer = while_busy_us(lambda: ids.cpu().tolist(), lambda: None, rounds)
-        results.add(
-            "free() of 4096 slots while a kernel of 20 ms runs, against stock", our_us, stock_us, "us"
-        )
-        results.add(
-            "free() of 4096 slots while a kernel of 20 ms runs, against kvcached's way",
-            our_us,
-            peer,
-            "us",
-            target=">= 10x",
-            met=peer >= 10 * our_us,
-            note="its free() begins with free_index.cpu().tolist(), which waits for the card",
-        )
+        what = "free() of 4096 slots while a kernel of 20 ms runs"
+        results.add(f"{what}, against stock", our_us, stock_us, "us")
+        add_tenfold(results, f"{what}, against kvcached", our_us, peer.get("free_busy_us"), "us")
     with results.attempt("unmapping while a kernel runs"):
         pool = parts.pool
         last = parts.arena.num_pages
@@ -351,12 +296,60 @@ def measure_slots(results: Results, rounds: int, folder: str) -> None:
     with results.attempt("idle floor"):
         ours.drop_pages(page for page in ours.empty_pages() if page != parts.pool.pages.pinned_page)
         results.add(
-            "KV that an idle engine cannot give back",
+            "KV that an idle engine cannot give back, against kvcached",
             parts.pool.mapped_bytes / MIB,
-            896,
+            peer.get("floor_mib"),
             "MiB",
-            note="peer: arithmetic from kvcached's code for an 8B, zero page + null page + 5 parked granules of "
-            "128 MiB (up to 10: 1,536), before its 16k cached tokens (2,048 MiB)",
+            note="peer: what its pool takes from the card before any use (zero page, null page, pages mapped ahead); "
+            "up to 5 pages of 128 MiB more after use, and the prefix cache up to 16,000 tokens",
+        )
+
+
+def add_tenfold(results: Results, what: str, ours: float, peer: float | None, unit: str) -> None:
+    """A row whose target is a tenth of the peer's."""
+    results.add(
+        what,
+        ours,
+        peer,
+        unit,
+        target=">= 10x",
+        met=None if peer is None else peer >= 10 * ours,
+        note="kvcached was not run" if peer is None else f"{peer / ours:.1f} times",
+    )
+
+
+def measure_against_kvcached(
+    results: Results, ours: Any, parts: Any, peer: dict[str, float], layout: str
+) -> None:
+    """8 GiB grown and allocated, then freed and given back, each through the allocator that SGLang calls."""
+    import torch
+
+    pool = parts.pool
+    grow_ms, give_ms = [], []
+    for number in range(6):
+        ours.drop_pages(page for page in ours.empty_pages() if page != pool.pages.pinned_page)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        ours.add_blocks(pool.grow_up_to(math.ceil(GROW_TOKENS / ours.page_tokens)))
+        slots = ours.alloc(GROW_TOKENS)
+        torch.cuda.synchronize()
+        middle = time.perf_counter()
+        ours.free(slots)
+        ours.drop_pages(page for page in ours.empty_pages() if page != pool.pages.pinned_page)
+        end = time.perf_counter()
+        if number:
+            grow_ms.append((middle - began) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
+            give_ms.append((end - middle) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
+    for what, mine, theirs in (
+        ("grow and allocate", grow_ms, "grow_ms"),
+        ("free and give back", give_ms, "give_ms"),
+    ):
+        add_tenfold(
+            results,
+            f"{what} 8 GiB, against kvcached, {layout}",
+            statistics.median(mine),
+            peer.get(theirs),
+            "ms/GiB",
         )
 
 

@@ -365,20 +365,10 @@ class Card:
         return self._engine("tms", name, self._flags(model, flags), environment=environment)
 
     def kvcached(self, name: str, model: Path, **flags: Any) -> Engine:
-        """Plain SGLang with kvcached, if it is importable (see ``find_kvcached``)."""
-        folder = find_kvcached()
-        if folder is None:
+        """Plain SGLang with kvcached, if it is importable."""
+        environment = kvcached_environment(self.run_dir, name)
+        if environment is None:
             raise ChildError("kvcached is not installed")
-        # Its hook is a .pth file, which Python reads in site folders only, not on PYTHONPATH.
-        hooks = self.run_dir / "sitecustomize"
-        hooks.mkdir(exist_ok=True)
-        (hooks / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(folder)!r})\n")
-        environment = {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_AUTOPATCH": "1",
-            "KVCACHED_IPC_NAME": f"pb_{os.getpid()}_{name}",
-            "PYTHONPATH": os.pathsep.join([str(hooks), os.environ.get("PYTHONPATH", "")]),
-        }
         return self._engine("kvcached", name, self._flags(model, flags), environment=environment)
 
     def _engine(
@@ -616,6 +606,25 @@ def find_kvcached() -> Path | None:
     if spec is None or not spec.origin:
         return None
     return Path(spec.origin).parent.parent
+
+
+def kvcached_environment(folder: Path, name: str) -> dict[str, str] | None:
+    """What a process needs in its environment to run with kvcached's hook; None if kvcached is not importable.
+
+    Its hook is a .pth file, which Python reads in site folders only, not on PYTHONPATH.
+    """
+    site_folder = find_kvcached()
+    if site_folder is None:
+        return None
+    hooks = folder / "sitecustomize"
+    hooks.mkdir(exist_ok=True)
+    (hooks / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site_folder)!r})\n")
+    return {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_AUTOPATCH": "1",
+        "KVCACHED_IPC_NAME": f"pb_{os.getpid()}_{name}",
+        "PYTHONPATH": os.pathsep.join([str(hooks), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 @contextlib.contextmanager

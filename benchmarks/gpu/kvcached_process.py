@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu.kvcached_process [--only-mapping]
 
-Started by ``grow.py`` with kvcached's hook active (``harness.kvcached_environment``). The pool is that of an 8B (32 layers,
-128 KiB a token), made by kvcached's own calls for SGLang, and used through the allocator that it puts in the place of
-SGLang's. Its settings are its defaults: 5 to 10 pages mapped ahead, device synchronised before a page is unmapped.
+Started by ``grow.py`` with kvcached's hook active (``harness.kvcached_environment``). The pool is that of an 8B (32
+layers, 128 KiB a token), made by kvcached's own calls for SGLang, and used through the allocator that it puts in the
+place of SGLang's. Its settings are its defaults: 5 to 10 pages mapped ahead, device synchronised before a page is
+unmapped.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu.grow import TOKEN_BYTES, steps_us, while_busy_us
+from benchmarks.gpu.grow import GROW_TOKENS, TOKEN_BYTES, steps_us, while_busy_us
 from benchmarks.gpu.harness import GIB, MIB
 
 LAYERS, HEADS, HEAD_DIM = 32, 8, 128
 POOL_TOKENS = 16 * GIB // TOKEN_BYTES
-GROW_TOKENS = 8 * GIB // TOKEN_BYTES  # far beyond the pages that it keeps mapped ahead
 SETTLE_S = 0.5  # its thread refills what is mapped ahead
 
 

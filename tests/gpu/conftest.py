@@ -46,8 +46,9 @@ def why_not(case: str) -> str | None:
     """What the machine lacks for this case."""
     package = importlib.util.find_spec("flashinfer")
     if case == "flashinfer" and package is not None and package.origin is not None:
-        headers = Path(package.origin).parent / "data/cutlass/include/cute/tensor.hpp"
-        if not headers.exists():
+        data = Path(package.origin).parent / "data"
+        headers = data / "cutlass/tools/util/include/cutlass/util/command_line.h"
+        if not (data / "aot").exists() and not headers.exists():
             return f"flashinfer cannot compile its kernels here: {headers} is missing"
     return None
 
@@ -73,12 +74,14 @@ def answers(engine: Engine) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def pairs() -> Iterator[dict[str, Pair]]:
+def pairs(request: pytest.FixtureRequest) -> Iterator[dict[str, Pair]]:
+    """Those that the chosen tests ask for."""
     (model,) = ensure_models("llama1b")
+    wanted = {item.callspec.params.get("pair") for item in request.session.items if hasattr(item, "callspec")}
     with Card(60 * GIB) as card:
         pairs = {}
         for name, flags in CASES.items():
-            if why_not(name):
+            if name not in wanted or why_not(name):
                 continue
             shared = {"max_running_requests": 32, "cuda_graph_max_bs_decode": 16, **flags}
             ours = card.ours(f"{name}-ours", model, ceiling_bytes=KV_BYTES.get(name, 2 * GIB), **shared)

@@ -68,8 +68,8 @@ def test_sleep_and_wake_change_no_token(pair: Pair, sleep: dict, wake: dict) -> 
     assert pair.held()["weights"] == awake["weights"]
 
 
-def test_a_sleeper_gives_only_what_a_neighbour_needs(pairs: dict[str, Pair]) -> None:
-    pair = pairs["fa3"]
+@pytest.mark.parametrize("pair", ["fa3"], indirect=True)
+def test_a_sleeper_gives_only_what_a_neighbour_needs(pair: Pair) -> None:
     before = answers(pair.ours)
     weights = pair.held()["weights"]
     pair.ours.act(SLEEP_KEEPING_WEIGHTS)
@@ -90,9 +90,9 @@ def test_poisoned_memory_reaches_no_answer(pair: Pair) -> None:
     assert answers(pair.ours) == before
 
 
-def test_memory_taken_outside_the_ledger_is_waited_for(pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("pair", ["triton-blocks"], indirect=True)
+def test_memory_taken_outside_the_ledger_is_waited_for(pair: Pair) -> None:
     """Requests wait while a stranger holds the card, and are answered when it has gone."""
-    pair = pairs["triton-blocks"]
     before = answers(pair.ours)
     pair.ours.act(SLEEP)
     pair.ours.act(WAKE_AND_WAIT)
@@ -111,9 +111,9 @@ def test_memory_taken_outside_the_ledger_is_waited_for(pairs: dict[str, Pair]) -
     assert answers(pair.ours) == before
 
 
-def test_slots_beyond_int32_elements(pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("pair", ["fa3"], indirect=True)
+def test_slots_beyond_int32_elements(pair: Pair) -> None:
     """A full prefix cache holds the low slots; what follows lies beyond 2^31 numbers from the arena's begin."""
-    pair = pairs["fa3"]
     before = answers(pair.ours)
     fill = [Ask(seed=5000 + n, tokens=3900, new_tokens=1) for n in range(36)]
     assert not pair.ours.burst(fill).errors
