@@ -555,6 +555,12 @@ WaitingToStandby = Imported | ImportsFailed
 # ---------------- runtime <-> image store (JSON, AF_UNIX SOCK_SEQPACKET)
 
 
+class FindImage(Message, frozen=True):
+    """Is there, or will there be, an image of these weights in whatever layout? ``known`` or ``unknown``."""
+
+    source: str  # what keys of its images begin with, before a dash
+
+
 class OpenImage(Message, frozen=True):
     """Ask for the memfd of these weights. The answer waits while another runtime is still writing it."""
 
@@ -571,13 +577,13 @@ class SealImage(Message, frozen=True):
 
 class ImageReply(Message, frozen=True):
     """``new``: write it, then SealImage (closing the connection drops it). ``ready``: sealed, with the memfd.
-    ``sealed`` answers SealImage. ``refused``: see ``reason``."""
+    ``sealed`` answers SealImage, ``known`` and ``unknown`` FindImage. ``refused``: see ``reason``."""
 
-    status: str  # "new" | "ready" | "sealed" | "refused"
+    status: str  # "known" | "unknown" | "new" | "ready" | "sealed" | "refused"
     reason: str = ""
 
 
-ImageRequest = OpenImage | SealImage
+ImageRequest = FindImage | OpenImage | SealImage
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

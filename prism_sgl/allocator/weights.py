@@ -66,6 +66,10 @@ class WeightsArena:
         there = self.vmm.mapped_bytes - len(self._hollow) * self.vmm.page_bytes
         return self.vmm.size_bytes - there
 
+    def unmapped_bytes(self, end_bytes: int) -> int:
+        """What ``materialise`` of the first ``end_bytes`` would take from the budget: whole pages."""
+        return num_pages_in(self._missing(self._end_page(end_bytes))) * self.vmm.page_bytes
+
     @property
     def image(self) -> Image | None:
         return self._image
@@ -74,13 +78,12 @@ class WeightsArena:
     def leased_granules(self) -> int:
         return self._lease.granules
 
-    def materialise(self, end_bytes: int | None = None) -> bool:
-        """Map the pages of bytes ``[0, end_bytes)`` (None: all), to be filled by the caller.
+    def materialise(self, end_bytes: int) -> bool:
+        """Map the pages of bytes ``[0, end_bytes)``, to be filled by the caller.
 
         False on shortage, with nothing changed.
         """
-        end = self.vmm.num_pages if end_bytes is None else -(-end_bytes // self.vmm.page_bytes)
-        return self._map(self._missing(end))
+        return self._map(self._missing(self._end_page(end_bytes)))
 
     def adopt(self, image: Image) -> None:
         """From now on these are the bytes that a wake brings back.
@@ -144,6 +147,9 @@ class WeightsArena:
         assert all(self.vmm.is_mapped(page) for page in self._hollow)
         if self._image is not None:
             self._image.check()
+
+    def _end_page(self, end_bytes: int) -> int:
+        return -(-end_bytes // self.vmm.page_bytes)
 
     def _missing(self, end: int) -> list[range]:
         return _runs([page for page in range(end) if not self.vmm.is_mapped(page)])

@@ -17,7 +17,7 @@ from pathlib import Path
 from prism_sgl import addresses, messages
 from prism_sgl.allocator.image import Image, PageLock
 from prism_sgl.errors import PrismError, VmmError
-from prism_sgl.messages import ImageReply, OpenImage, SealImage
+from prism_sgl.messages import FindImage, ImageReply, OpenImage, SealImage
 
 _REPLY_BYTES = 4096
 
@@ -26,10 +26,8 @@ class ImageRefusedError(PrismError):
     """The store has no room for this image, or another of this key."""
 
 
-def image_key(
-    path: str, *, dtype: str, quantization: str | None, rank: int, sizes_bytes: Sequence[int]
-) -> str:
-    """Names the bytes of an image: weights, dtype, quantisation, rank and layout, not the model's name."""
+def image_source(path: str, *, dtype: str, quantization: str | None, rank: int) -> str:
+    """Names what an image is made from, not the model's name. Known before the model loads."""
     digest = hashlib.sha256()
     folder = Path(path)
     if folder.is_dir():
@@ -39,8 +37,21 @@ def image_key(
                 digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     else:
         digest.update(path.encode())
-    digest.update(f"{dtype} {quantization} {rank} {list(sizes_bytes)}".encode())
+    digest.update(f"{dtype} {quantization} {rank}".encode())
     return digest.hexdigest()
+
+
+def image_key(source: str, sizes_bytes: Sequence[int]) -> str:
+    """Names the bytes of an image: its source, and the layout that its storages make."""
+    return f"{source}-{hashlib.sha256(str(list(sizes_bytes)).encode()).hexdigest()}"
+
+
+def is_image_known(run_dir: str, source: str) -> bool:
+    """The store has an image of this source, or somebody is writing one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as store:
+        store.connect(addresses.image_store(run_dir))
+        store.send(messages.encode_json(FindImage(source=source)))
+        return _accepted(store.recv(_REPLY_BYTES), source).status == "known"
 
 
 class ImageMemory:

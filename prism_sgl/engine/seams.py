@@ -21,14 +21,12 @@ from sglang.srt.model_executor.model_runner import EagerRunner
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from prism_sgl.engine import deadlines, sleep_wake
-from prism_sgl.engine.image_client import ImageMemory
 from prism_sgl.engine.kv_pool import ElasticKVPool
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.slots import build_allocator
 from prism_sgl.engine.support import refuse_other_pools, refuse_unsupported_model
-from prism_sgl.engine.weights_loading import hold_weights
+from prism_sgl.engine.weights_loading import hold_weights, image_memory
 from prism_sgl.errors import SeamError
-from prism_sgl.units import round_up
 
 SGLANG_VERSION = "0.5.17"
 
@@ -86,13 +84,12 @@ def _load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # SGLang loads into memory of its own; what it will take is leased before, and page by page becomes the arena's.
     if not memory.overhead.settle(memory.spec.weights_bytes, START_TIMEOUT_S):
         raise ShortageError(f"{memory.spec.model}: no room to load on {memory.spec.device}")
-    image_bytes = round_up(memory.spec.weights_bytes, memory.spec.weights_page_bytes)
-    image_memory = ImageMemory(memory.spec.model, image_bytes, memory.device.page_lock)
+    free_memory = image_memory(kwargs["server_args"])
     try:
         loaded = original(*args, **kwargs)
-        hold_weights(loaded.model, kwargs["server_args"], image_memory)
+        hold_weights(loaded.model, kwargs["server_args"], free_memory)
     finally:
-        image_memory.close()
+        free_memory.close()
     return loaded
 
 

@@ -12,17 +12,18 @@ import torch
 
 from prism_sgl.allocator.weights import Layout, WeightsArena
 from prism_sgl.engine.arrival import Arrival
-from prism_sgl.engine.image_client import ImageMemory, fetch_image, image_key
+from prism_sgl.engine.image_client import ImageMemory, fetch_image, image_key, image_source, is_image_known
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.tensors import StorageGroup, move_storage, weight_storages
+from prism_sgl.units import round_up
 
 log = logging.getLogger(__name__)
 
-# The model moves in steps of this size, so that no more than this is held twice.
+# The model moves in steps of about this size, so that no more than this is held twice.
 _STEP_BYTES = 1 << 30
 
 
-def hold_weights(model: torch.nn.Module, server_args: Any, image_memory: ImageMemory) -> None:
+def hold_weights(model: torch.nn.Module, server_args: Any, free_memory: ImageMemory) -> None:
     """Lay the model's parameters out in this runtime's arena, and keep their image in the store.
 
     Raises:
@@ -37,15 +38,9 @@ def hold_weights(model: torch.nn.Module, server_args: Any, image_memory: ImageMe
     began = time.perf_counter()
     _move(memory, arena, groups, layout)
     moved = time.perf_counter()
-    key = image_key(
-        spec.path,
-        dtype=str(server_args.dtype),
-        quantization=server_args.quantization,
-        rank=0,
-        sizes_bytes=[group.nbytes for group in groups],
-    )
+    key = image_key(_source(memory, server_args), [group.nbytes for group in groups])
     image = fetch_image(
-        spec.run_dir, key, vmm.size_bytes, spec.model, image_memory, lambda view: vmm.copy_out(0, view)
+        spec.run_dir, key, vmm.size_bytes, spec.model, free_memory, lambda view: vmm.copy_out(0, view)
     )
     copied = time.perf_counter()
     arena.adopt(image)
@@ -62,12 +57,28 @@ def hold_weights(model: torch.nn.Module, server_args: Any, image_memory: ImageMe
     )
 
 
+def image_memory(server_args: Any) -> ImageMemory:
+    """Made before the model loads, where nobody has its image yet: a second copy may be more than the host has."""
+    memory = RuntimeMemory.current()
+    spec = memory.spec
+    is_known = is_image_known(spec.run_dir, _source(memory, server_args))
+    size_bytes = 0 if is_known else round_up(spec.weights_bytes, spec.weights_page_bytes)
+    return ImageMemory(spec.model, size_bytes, memory.device.page_lock)
+
+
+def _source(memory: RuntimeMemory, server_args: Any) -> str:
+    return image_source(
+        memory.spec.path, dtype=str(server_args.dtype), quantization=server_args.quantization, rank=0
+    )
+
+
 def _move(memory: RuntimeMemory, arena: WeightsArena, groups: list[StorageGroup], layout: Layout) -> None:
     """Storage by storage into the arena; what the engine's own copies held goes back step by step."""
     base = arena.vmm.base
     for step in _steps(layout):
         end = layout.total_bytes if step.stop == len(groups) else layout.offsets[step.stop]
-        if memory.insist(partial(arena.materialise, end), _STEP_BYTES, START_TIMEOUT_S) is None:
+        materialise, unmapped_bytes = partial(arena.materialise, end), partial(arena.unmapped_bytes, end)
+        if memory.insist(materialise, unmapped_bytes, START_TIMEOUT_S) is None:
             raise ShortageError(
                 f"{memory.spec.model}: no room for {arena.vmm.size_bytes >> 20} MiB of weights on "
                 f"{memory.spec.device} within {START_TIMEOUT_S:.0f} s"

@@ -16,6 +16,7 @@ from pathlib import Path
 from prism_sgl import addresses, machine, memfd
 from prism_sgl.messages import (
     DECODE_ERRORS,
+    FindImage,
     ImageReply,
     OpenImage,
     SealImage,
@@ -160,6 +161,9 @@ class ImageStore:
             self._drop_peer(peer)
             return
         match request:
+            case FindImage():
+                is_known = any(key.startswith(f"{request.source}-") for key in self._images)
+                self._reply(peer, ImageReply(status="known" if is_known else "unknown"), [])
             case OpenImage():
                 self._open(peer, request)
             case SealImage():

@@ -87,7 +87,7 @@ def test_a_layout_aligns_every_storage() -> None:
 def test_wakes_with_the_same_bytes_at_the_same_address(
     arena: WeightsArena, image: Image, owner: Owner
 ) -> None:
-    assert arena.materialise()
+    assert arena.materialise(arena.vmm.size_bytes)
     assert owner.held(Kind.WEIGHTS) == GRANULES
     arena.adopt(image)
     base = arena.vmm.base
@@ -103,18 +103,21 @@ def test_wakes_with_the_same_bytes_at_the_same_address(
 
 
 def test_weights_may_be_made_a_part_at_a_time(arena: WeightsArena, owner: Owner) -> None:
+    assert arena.unmapped_bytes(PAGE_BYTES + 1) == 2 * PAGE_BYTES  # what is asked for is what is taken
     assert arena.materialise(PAGE_BYTES + 1)
     assert mapped_pages(arena) == [0, 1]
+    assert arena.unmapped_bytes(PAGE_BYTES + 1) == 0
+    assert arena.unmapped_bytes(2 * PAGE_BYTES + 1) == PAGE_BYTES
     assert arena.materialise(PAGE_BYTES)
     assert owner.held(Kind.WEIGHTS) == 2 * PAGE_GRANULES
     assert not arena.mapped
-    assert arena.materialise()
-    assert arena.materialise()
+    assert arena.materialise(arena.vmm.size_bytes)
+    assert arena.materialise(arena.vmm.size_bytes)
     assert (arena.mapped, owner.held(Kind.WEIGHTS)) == (True, GRANULES)
 
 
 def test_the_last_pages_are_given_back_first(arena: WeightsArena, image: Image, owner: Owner) -> None:
-    assert arena.materialise()
+    assert arena.materialise(arena.vmm.size_bytes)
     arena.adopt(image)
     assert [arena.give_back(-1), arena.give_back(0)] == [0, 0]
     assert arena.give_back(1) == 1

@@ -30,13 +30,13 @@ class Locks:
 
 def images_open() -> int:
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return sum("prism-image:unit" in link for link in links)
+    return sum("prism-image:made" in link for link in links)
 
 
 @pytest.mark.parametrize("guess", [0, MIB, 4 * MIB], ids=["no guess", "too little", "too much"])
 def test_the_guess_is_cut_or_extended(guess: int) -> None:
     locks = Locks()
-    memory = ImageMemory("unit", guess, locks)
+    memory = ImageMemory("made", guess, locks)
     image = memory.take(2 * MIB)
     memory.close()
     assert image.is_page_locked and locks.held == [2 * MIB]
@@ -56,7 +56,7 @@ def test_closing_waits_for_nothing_and_loses_nothing(monkeypatch: pytest.MonkeyP
         return locks(source)
 
     monkeypatch.setattr(Image, "close", lambda image, close=Image.close: (close(image), gone.set()))
-    memory = ImageMemory("unit", MIB, slowly)
+    memory = ImageMemory("made", MIB, slowly)
     memory.close()  # returns although there is nothing yet
     may_go.set()
     assert gone.wait(30)
@@ -68,7 +68,7 @@ def test_memory_that_cannot_be_page_locked_is_told_when_it_matters(guess: int) -
     def fail(source: memoryview) -> Callable[[], None]:
         raise VmmError("cannot page-lock")
 
-    memory = ImageMemory("unit", guess, fail)
+    memory = ImageMemory("made", guess, fail)
     with pytest.raises(VmmError, match="page-lock"):
         memory.take(MIB)
     memory.close()

@@ -47,7 +47,7 @@ def test_aliases_follow_and_waking_restores_every_bit(tmp_path: Path) -> None:
         device = HostDevice()
         vmm = device.arena("unit:weights", layout.total_bytes, PAGE, zeroed=False)
         arena = WeightsArena(vmm, owner)
-        assert arena.materialise()
+        assert arena.materialise(layout.total_bytes)
         for group, offset in zip(groups, layout.offsets, strict=True):
             move_storage(group, device.bytes_at(vmm.base + offset, group.nbytes))
         assert torch.equal(model(ids), before)

@@ -18,7 +18,7 @@ import pytest
 
 from prism_sgl import addresses
 from prism_sgl.launch.image_store import ImageStore
-from prism_sgl.messages import ImageReply, OpenImage, SealImage, decode_image_reply, encode_json
+from prism_sgl.messages import FindImage, ImageReply, OpenImage, SealImage, decode_image_reply, encode_json
 
 MIB = 1 << 20
 CAP = 8 * MIB
@@ -121,6 +121,22 @@ def test_first_asker_writes_and_the_second_gets_the_sealed_copy(store: RunningSt
         with pytest.raises(OSError):
             mmap.mmap(fd, 2 * MIB)  # shared and writable
         os.close(fd)
+
+
+def test_an_image_is_known_from_when_somebody_writes_it(store: RunningStore) -> None:
+    """Who finds it so allocates no memory for another."""
+
+    def find(source: str) -> str:
+        with store.connect() as client:
+            client.send(encode_json(FindImage(source=source)))
+            return receive(client)[0].status
+
+    assert find("files") == "unknown"
+    with store.connect() as client:
+        assert ask(client, "files-layout", 2 * MIB)[0].status == "new"
+        assert (find("files"), find("file"), find("files-layout")) == ("known", "unknown", "unknown")
+    write_image(store, "files-layout", 2 * MIB)
+    assert find("files") == "known"
 
 
 def test_a_file_with_holes_or_of_another_size_is_not_kept(store: RunningStore) -> None:
