@@ -21,9 +21,9 @@ from prism_sgl.engine.slots import ElasticAllocator
 
 Ints = npt.NDArray[np.int64]
 
-# Costs are counted anew after this part of what is still missing has been chosen: 1/8 loses little, and makes the
-# reclaim of a whole cache some 25 rounds instead of one a page.
-_ROUND = 8
+# Costs are counted anew after this part of what is still missing has been chosen: a quarter loses 0.7 % more tokens
+# than an eighth, and makes the reclaim of 64 pages 13 rounds instead of 27.
+_ROUND = 4
 
 
 def evict_pages(tree: Any, allocator: ElasticAllocator, num_pages: int) -> int:
@@ -62,12 +62,14 @@ class _Cuts:
         cached = np.bincount(self._page_of, minlength=len(self.left))
         # Others hold blocks of the remaining pages: no eviction empties those.
         self._can_go = (cached == self.left) & (self.left > 0)
-        # Pairs (page, node), and where in the node the page begins.
-        node_of = np.repeat(np.arange(len(nodes)), self._length)
-        pairs, first = np.unique(self._page_of * len(nodes) + node_of, return_index=True)
+        # Pairs (page, node), and where in the node the page begins. Neighbouring blocks mostly share both.
+        changes = np.flatnonzero(np.diff(self._page_of, prepend=-1))
+        begins = np.union1d(changes, self._start[self._length > 0])
+        node_of = np.searchsorted(self._start, begins, side="right") - 1
+        pairs, first = np.unique(self._page_of[begins] * len(nodes) + node_of, return_index=True)
         wanted = self._can_go[pairs // len(nodes)]
         self._pair_page, self._pair_node = np.divmod(pairs[wanted], len(nodes))
-        self._pair_first = first[wanted] - self._start[self._pair_node]
+        self._pair_first = begins[first[wanted]] - self._start[self._pair_node]
         # Equal costs: the least recently used first, then the highest page.
         age = np.zeros(len(self.left))
         times = np.array([node.last_access_time for node in nodes], dtype=float)

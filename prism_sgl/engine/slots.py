@@ -117,21 +117,19 @@ class ElasticBlocks:
         if len(self.release_pages) > _MERGE_WHEN_RELEASED * len(self.free_pages):
             self.merge_and_sort_free()
 
-    def blocks_in_use(self) -> npt.NDArray[np.bool_]:
-        """``[num_blocks]``: usable and not free (block 0 counts as used). Syncs with the device."""
-        used = self._usable.copy()
-        for ids in (self.free_pages, self.release_pages):
-            used[self.layout.blocks(ids).cpu().numpy()] = False
-        if used.size:
-            used[0] = bool(self._usable[0])
-        return used
-
     def used_per_page(self) -> npt.NDArray[np.int64]:
-        """``[num_pages]``: used blocks of each page."""
+        """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used. Syncs with the device.
+
+        Counted there: the lists hold as many numbers as there are tokens, the answer one a page.
+        """
         pages = self.elastic.pages
-        padded = np.zeros(pages.num_pages * pages.blocks_per_page, dtype=np.int64)
-        padded[: pages.num_blocks] = self.blocks_in_use()
-        per_page: npt.NDArray[np.int64] = padded.reshape(pages.num_pages, pages.blocks_per_page).sum(axis=1)
+        padded = np.zeros(pages.num_pages * pages.blocks_per_page, dtype=bool)
+        padded[: pages.num_blocks] = self._usable
+        usable = padded.reshape(pages.num_pages, pages.blocks_per_page).sum(axis=1)
+        free = self.layout.pages(torch.cat((self.free_pages, self.release_pages)))
+        per_page: npt.NDArray[np.int64] = (
+            usable - torch.bincount(free, minlength=pages.num_pages).cpu().numpy()
+        )
         return per_page
 
     def empty_pages(self) -> list[int]:
