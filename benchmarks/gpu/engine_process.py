@@ -21,7 +21,7 @@ import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, TextIO, cast
 
 _PR_SET_PDEATHSIG = 1
@@ -287,10 +287,6 @@ def serve(handler: Handler, commands: Iterator[str], replies: TextIO) -> None:
         if verb == "close":
             return
     handler.close()
-
-
-def ask_dict(ask: Ask) -> dict[str, Any]:
-    return asdict(ask)
 
 
 def load_handler(name: str) -> Handler:

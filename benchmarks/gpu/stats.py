@@ -19,9 +19,6 @@ class Ratio:
     low: float
     high: float
 
-    def worse_end(self, *, bigger_is_better: bool) -> float:
-        return self.low if bigger_is_better else self.high
-
     def within(self, share: float, *, bigger_is_better: bool) -> bool:
         """Even the worse end of the interval costs no more than ``share``."""
         if bigger_is_better:
