@@ -76,6 +76,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     preload: bool = True  # start its engine at launch, else at its first request
     min_kv_bytes: int = 0  # key min_kv; 0: one request of full length
     max_kv_bytes: int = 0  # key max_kv; 0: the whole budget
+    kv_share: float = 1.0  # of what busy models borrow beyond their min_kv, against the others' shares
     block_tokens: int = 1
     devices: tuple[str, ...] = ()  # names it may be placed on; none: any
     engine_args: dict[str, object] = {}
@@ -252,6 +253,7 @@ def _model(file: str, name: str, values: object) -> ModelConfig:
         preload=table.flag("preload", default.preload),
         min_kv_bytes=table.size("min_kv", default.min_kv_bytes, example="64MiB"),
         max_kv_bytes=table.size("max_kv", default.max_kv_bytes, example="512MiB"),
+        kv_share=table.number("kv_share", default.kv_share, 0.001, 1000.0),
         block_tokens=table.integer("block_tokens", default.block_tokens, 1, 1024),
         devices=table.texts("devices", example='["host0"]'),
         engine_args=engine_args,

@@ -78,6 +78,7 @@ class RuntimeSpec(msgspec.Struct, frozen=True, kw_only=True):
     floor_bytes: int  # 0: one request of full length
     ceiling_bytes: int  # 0: the whole budget
     priority: int
+    kv_share: float = 1.0  # of what busy runtimes borrow
     block_tokens: int
     kv_page_bytes: int
     weights_page_bytes: int

@@ -150,7 +150,7 @@ ERRORS = {
     "[scheduler]\nwindow_s = 60\n": "scheduler.window_s is not a known key; did you mean window?",
     HOST + CHAT + "weights = 1\n": (
         "models.chat.weights is not a known key; known keys: aliases, block_tokens, devices, engine_args, "
-        "env, max_kv, min_kv, path, pin, preload, priority, slo"
+        "env, kv_share, max_kv, min_kv, path, pin, preload, priority, slo"
     ),
     HOST + CHAT + 'min_kvs = "1GiB"\n': "models.chat.min_kvs is not a known key; did you mean min_kv?",
     HOST + CHAT + "slo = { ttft = 1 }\n": "models.chat.slo.ttft is not a known key; did you mean ttft_ms?",
@@ -232,6 +232,7 @@ ERRORS = {
         'models.chat.slo.tpot_ms is "fast"; give a time in milliseconds, e.g. 100'
     ),
     HOST + CHAT + "priority = 1.5\n": "models.chat.priority is 1.5; give a whole number, e.g. 0",
+    HOST + CHAT + "kv_share = 0\n": "models.chat.kv_share is 0; give a number from 0.001 to 1000, e.g. 1",
     HOST + CHAT + 'pin = "yes"\n': 'models.chat.pin is "yes"; give true or false',
     HOST + CHAT + "block_tokens = 0\n": (
         "models.chat.block_tokens is 0; give a whole number from 1 to 1024, e.g. 1"

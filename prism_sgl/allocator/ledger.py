@@ -78,7 +78,9 @@ class Ledger:
         with self._table.lock:
             return self._table.totals()
 
-    def join(self, name: str, *, floor: int, ceiling: int, priority: int, bell: str) -> Owner:
+    def join(
+        self, name: str, *, floor: int, ceiling: int, priority: int, bell: str, share: float = 1.0
+    ) -> Owner:
         """Become an owner, in state ``starting``, busy and holding nothing.
 
         Raises:
@@ -86,6 +88,8 @@ class Ledger:
         """
         if not 0 <= floor <= ceiling:
             raise ValueError(f"floor {floor}, ceiling {ceiling}")
+        if share < 0.001:
+            raise ValueError(f"share {share}")
         if not name or len(name.encode()) > MAX_NAME_BYTES:
             raise LedgerError(
                 f"an owner's name has 1 to {MAX_NAME_BYTES} bytes: {name!r}; use a shorter model name"
@@ -96,7 +100,7 @@ class Ledger:
             self._reap_empty()
             slot, life = self._free_slot()
             crash_points.crash_point("in_lock")
-            self._fill_slot(slot, name, floor, ceiling, priority, bell)
+            self._fill_slot(slot, name, floor, ceiling, priority, round(share * 1000), bell)
             return Owner(self._table, slot, life)
 
     def reap(self, device_free_granules: int | None) -> int:
@@ -158,7 +162,9 @@ class Ledger:
             f"{self.path}: all {NUM_SLOTS} slots have owners; stop a model, or spread the models over more devices"
         )
 
-    def _fill_slot(self, slot: int, name: str, floor: int, ceiling: int, priority: int, bell: str) -> None:
+    def _fill_slot(
+        self, slot: int, name: str, floor: int, ceiling: int, priority: int, thousandths: int, bell: str
+    ) -> None:
         table = self._table
         epoch = table.read(Column.EPOCH, slot) + 1
         for column in Column:
@@ -166,6 +172,7 @@ class Ledger:
         table.write(Column.EPOCH, slot, epoch)
         table.write(Column.STATE, slot, STATES.index(RuntimeState.STARTING))
         table.write(Column.PRIORITY, slot, priority)
+        table.write(Column.SHARE, slot, thousandths)
         table.write(Column.CEILING, slot, ceiling)
         table.write(Column.FLOOR, slot, floor)
         table.write(Column.BUSY, slot, 1)

@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 64
 MAX_BELL_BYTES = 107  # sun_path without its final zero
 _BELL_BYTES = 112
 MAGIC = int.from_bytes(b"prismldg", sys.byteorder)
-VERSION = 2
+VERSION = 3
 STATES = tuple(RuntimeState)  # stored as an index; new states come last
 
 
@@ -49,16 +49,17 @@ class Column(enum.IntEnum):
     EPOCH = 7  # how often the slot was joined: tells an owner from the one before it
     STATE = 8
     PRIORITY = 9
-    FLOOR = 10
-    CEILING = 11
-    BUSY = 12
-    WANTED = 13
-    IDLE_SINCE = 14
-    ANSWERED_SEQ = 15
-    TARGET = 16
-    TARGET_DEADLINE = 17
-    TARGET_ENFORCED = 18
-    TARGET_SEQ = 19  # written after the three above
+    SHARE = 10  # thousandths
+    FLOOR = 11
+    CEILING = 12
+    BUSY = 13
+    WANTED = 14
+    IDLE_SINCE = 15
+    ANSWERED_SEQ = 16
+    TARGET = 17
+    TARGET_DEADLINE = 18
+    TARGET_ENFORCED = 19
+    TARGET_SEQ = 20  # written after the three above
 
 
 _NAMES_AT = (Header.NUM_WORDS + len(Column) * NUM_SLOTS) * 8
@@ -176,6 +177,7 @@ class LedgerTable:
             alive=alive,
             state=STATES[of_slot[Column.STATE]],
             priority=of_slot[Column.PRIORITY],
+            share=of_slot[Column.SHARE],
             weights=of_slot[Column.WEIGHTS],
             kv=of_slot[Column.KV],
             overhead=of_slot[Column.OVERHEAD],

@@ -76,6 +76,7 @@ class OwnerView:
     alive: bool
     state: RuntimeState
     priority: int
+    share: int  # thousandths; of what busy owners borrow, against the others' shares
     weights: int
     kv: int
     overhead: int

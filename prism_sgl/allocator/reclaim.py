@@ -29,8 +29,9 @@ class Claim:
 def choose_victims(me: OwnerView, owners: Sequence[OwnerView], granules: int, now_ns: int) -> list[Claim]:
     """Whom to ask for ``granules`` in all; fewer if there are no more to be had.
 
-    Sleepers first, then idle owners, longest idle first; then the lowest priority, then the largest surplus. A
-    victim that is overdue is left out: it is slow already, and a larger target brings its next safe point no sooner.
+    Sleepers first, then idle owners, longest idle first; then the lowest priority, then the largest surplus for its
+    share. A victim that is overdue is left out: it is slow already, and a larger target brings its next safe point
+    no sooner.
     """
     claims: list[Claim] = []
     missing = granules
@@ -47,9 +48,16 @@ def choose_victims(me: OwnerView, owners: Sequence[OwnerView], granules: int, no
     return claims
 
 
-def _order(owner: OwnerView) -> tuple[bool, bool, int, int, int, int]:
+def _order(owner: OwnerView) -> tuple[bool, bool, int, int, float, int]:
     idle_since_ns = 0 if owner.busy else owner.idle_since_ns
-    return (not owner.is_asleep, owner.busy, idle_since_ns, owner.priority, -owner.surplus, owner.slot)
+    return (
+        not owner.is_asleep,
+        owner.busy,
+        idle_since_ns,
+        owner.priority,
+        -owner.surplus / owner.share,
+        owner.slot,
+    )
 
 
 def _has_right(me: OwnerView, victim: OwnerView) -> bool:
@@ -65,7 +73,9 @@ def _may_take(me: OwnerView, victim: OwnerView, taken: int) -> int:
         return victim.reclaimable
     if victim.priority > me.priority:
         return 0
-    # Max-min fairness: the surplus of the victim must exceed mine by more than twice the amount, so that after
-    # the move it still has more than I and could not have asked me for the same granules.
+    # Weighted max-min fairness: less than what makes both surpluses even for their shares, so that after the move the
+    # victim still has more for its share than I and could not have asked me for the same granules.
     promised = victim.surplus - victim.reclaimable
-    return max(0, (victim.surplus - promised - (me.surplus + taken) - 1) // 2)
+    theirs, mine = victim.surplus - promised, me.surplus + taken
+    even = -(-(theirs * me.share - mine * victim.share) // (me.share + victim.share))
+    return max(0, even - 1)

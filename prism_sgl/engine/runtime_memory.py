@@ -62,6 +62,7 @@ class RuntimeMemory:
             floor=granules(spec.floor_bytes),
             ceiling=granules(spec.ceiling_bytes) if spec.ceiling_bytes else self.ledger.budget,
             priority=spec.priority,
+            share=spec.kv_share,
             bell=addresses.doorbell(spec.run_dir, os.getpid()),
         )
         self.kv: ElasticPool | None = None

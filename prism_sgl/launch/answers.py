@@ -195,6 +195,7 @@ class Answers:
             **known,
             "aliases": model.aliases,
             "priority": model.priority,
+            "kv_share": model.kv_share,
             "slo": {"ttft_ms": model.slo.ttft_s * 1000.0, "tpot_ms": model.slo.tpot_s * 1000.0},
         }
 

@@ -42,6 +42,7 @@ def build_spec(
         floor_bytes=model.min_kv_bytes,
         ceiling_bytes=model.max_kv_bytes,
         priority=model.priority,
+        kv_share=model.kv_share,
         block_tokens=model.block_tokens,
         kv_page_bytes=config.memory.kv_page_bytes,
         weights_page_bytes=config.memory.weights_page_bytes,

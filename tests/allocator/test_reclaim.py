@@ -25,6 +25,7 @@ def owner(
     floor: int = 0,
     busy: bool = True,
     priority: int = 0,
+    share: int = 1000,
     idle_since_ns: int = 0,
     target: Target | None = None,
     state: RuntimeState = RuntimeState.AWAKE,
@@ -39,6 +40,7 @@ def owner(
         alive=alive,
         state=state,
         priority=priority,
+        share=share,
         weights=weights,
         kv=kv,
         overhead=0,
@@ -156,6 +158,21 @@ def test_only_who_lacks_its_floor_or_ranks_higher_may_send_requests_back() -> No
 
     assert rights(HUNGRY) == {3: True, 2: True, 1: True}
     assert rights(SATED) == {3: False, 2: True, 1: False}
+
+
+def test_busy_owners_borrow_by_their_shares() -> None:
+    victim = owner(1, kv=91)
+    assert chosen(owner(0, kv=0, share=2000), [victim], 100) == [(1, 60)]  # 60 and 31: twice as much
+    assert chosen(owner(0, kv=0, share=500), [victim], 100) == [(1, 30)]
+    assert chosen(owner(0, kv=0), [owner(1, kv=91, share=2000)], 100) == [(1, 30)]
+    # Who has most for its share gives first.
+    assert [slot for slot, _ in chosen(SATED, [owner(1, kv=60), owner(2, kv=90, share=2000)], 1)] == [1]
+
+
+def test_a_share_is_in_the_ledger(ledger: Ledger) -> None:
+    ledger.join("large", floor=0, ceiling=100, priority=0, bell="", share=2.5)
+    join(ledger, "small")
+    assert sorted((view.name, view.share) for view in ledger.owners()) == [("large", 2500), ("small", 1000)]
 
 
 # ---------------------------------------------------------------- in the ledger
