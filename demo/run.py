@@ -39,8 +39,10 @@ NUM_LONG_TEXTS = {"chat": 3, "code": 3}
 LONG_TEXT_WORDS = 1100
 PROOFS = {
     "a sleep": re.compile(r"\bsleep: gave back (?!0 MiB)"),
-    "a wake": re.compile(r"\bwake: weights in "),
-    "a reclaim by another owner": re.compile(r"\breclaim: gave \d+ MiB back to neighbours"),
+    "a wake": re.compile(r"\bwake: (?!0 MiB)\d+ MiB of weights mapped"),
+    "a reclaim by another owner": re.compile(
+        r"\breclaim: gave \d+ MiB (back to neighbours|of sleeping weights back)"
+    ),
 }
 ANSWER_TIMEOUT_S = 300.0
 

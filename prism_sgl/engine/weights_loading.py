@@ -62,6 +62,8 @@ def image_memory(server_args: Any) -> ImageMemory:
     memory = RuntimeMemory.current()
     spec = memory.spec
     is_known = is_image_known(spec.run_dir, _source(memory, server_args))
+    if is_known:
+        log.info("%s: host memory has an image of its weights already", spec.model)
     size_bytes = 0 if is_known else round_up(spec.weights_bytes, spec.weights_page_bytes)
     return ImageMemory(spec.model, size_bytes, memory.device.page_lock)
 
