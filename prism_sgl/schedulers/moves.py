@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
-from prism_sgl.messages import RuntimeId
+from prism_sgl.messages import RuntimeId, RuntimeState
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
@@ -37,6 +37,7 @@ class _Move:
     role: Role  # INCOMING, or REPLICA: the source stays
     why: str
     since: float
+    source: RuntimeState  # of the home when it began: in another one before a runtime starts it has lost its reason
     waits_for: str = ""  # a model that leaves the device first
     runtime: RuntimeId | None = None  # None: room is being made
 
@@ -104,8 +105,8 @@ class Mover:
         role: Role = Role.INCOMING,
         waits_for: str = "",
     ) -> None:
-        assert self.refusal(model, device) is None
-        self._moves[model.name] = _Move(device, role, why, now, waits_for)
+        assert model.runtime.state is ASLEEP or self.refusal(model, device) is None
+        self._moves[model.name] = _Move(device, role, why, now, model.runtime.state, waits_for)
         self.has_news = True
         verb = "gets a replica on" if role is Role.REPLICA else "moves to"
         self._fleet.note(f"{model.name}: {verb} {device} ({why})")
@@ -163,7 +164,11 @@ class Mover:
         """Follow up what has happened to a model's runtimes."""
         incoming = model.incoming
         if incoming is not None and incoming.state is AWAKE:
-            self._switch(model, now)
+            if self._lifecycle.is_set_aside(model.runtime):
+                # What it had in flight goes on where it was, after its next turn there.
+                self._lifecycle.retire(incoming, now, "the home fell asleep with requests", keep=self._limits.spares)
+            elif model.runtime.sleep_sent_at is None:
+                self._switch(model, now)
         elif incoming is not None and incoming.state is ASLEEP:
             self._keep_asleep(incoming, now)
         for runtime in model.others:
@@ -192,7 +197,7 @@ class Mover:
             self._rests_until[model.name] = now + self._cool_down_s
 
     def _lost_its_reason(self, model: Model, move: _Move) -> str | None:
-        if model.runtime.state is not AWAKE:
+        if model.runtime.state is not move.source:
             return f"it is {model.runtime.state}"
         there = self._fleet.devices[move.device].residents.get(model.name)
         return None if there is None or there.is_spare else f"it is on {move.device}"
@@ -227,7 +232,8 @@ class Mover:
                 device = self._fleet.devices[choice.device]
                 why = "shall sleep on a second device"
                 runtime = self._lifecycle.start(model, device, now, why, Role.SPARE)
-                self._moves[name] = _Move(device.name, Role.SPARE, why, now, runtime=runtime)
+                state = model.runtime.state
+                self._moves[name] = _Move(device.name, Role.SPARE, why, now, state, runtime=runtime)
                 pictures.changed(device.name)
                 return
 
