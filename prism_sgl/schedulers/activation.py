@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from prism_sgl.config import Config
 from prism_sgl.schedulers import placement
@@ -50,7 +50,6 @@ class _Pass:
     blocked: set[str] = field(default_factory=set)  # devices whose next room is one want's
     # By device and urgency, what somebody asked for in vain: to ask for as much again would be in vain too.
     too_much: dict[tuple[str, bool], float] = field(default_factory=dict)
-    no_room_for: float = math.inf  # somebody who needs as much was looked a device for in vain
 
 
 class Activation:
@@ -185,7 +184,9 @@ class Activation:
         )
         self._look_at = min(self._look_at, room.look_at)
         if room.verdict is Verdict.BLOCKED:
-            self._seek_room(model, want, needed_bytes, seen)
+            if want.urgent:
+                again_at = self._mover.seek(model, needed_bytes, seen.pictures, self.waited_for(), seen.now)
+                self._look_at = min(self._look_at, again_at)
             if overdue:
                 seen.blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free
             seen.too_much[device.name, want.urgent] = needed_bytes
@@ -196,40 +197,6 @@ class Activation:
             want.device = device.name
             self._take(room, device, model, needed_bytes, seen.now)
         seen.pictures.changed(device.name)
-
-    def _seek_room(self, model: Model, want: _Want, needed_bytes: int, seen: _Pass) -> None:
-        """Where it sleeps nobody can give: it moves where there is room that nobody waits for."""
-        if not want.urgent or model.runtime.state is not ASLEEP or self._lifecycle.is_set_aside(model.runtime):
-            return
-        if self._mover.target(model) is not None or self._mover.rests_until(model, seen.now):
-            return
-        if model.others or len(model.devices) < 2 or needed_bytes >= seen.no_room_for:
-            return
-        its, taken = demand(model, self._fleet, seen.now), self.waited_for()
-        places = [
-            replace(
-                seen.pictures.place(device),
-                free_bytes=self._free_for_move(device, seen),
-                reclaimable_bytes=0,
-                possible_bytes=0,
-            )
-            for name, device in self._fleet.devices.items()
-            if name not in taken
-        ]
-        choice = placement.choose(its, places, seen.pictures.kv_unit())
-        if choice.device is None:
-            seen.no_room_for = needed_bytes
-            return
-        self._mover.begin(model, choice.device, seen.now, f"{model.runtime.device} has no room, {choice.reason}")
-
-    def _free_for_move(self, device: Device, seen: _Pass) -> int:
-        """What nobody was promised, and what settled idle models would give."""
-        gives = (
-            r.gives_bytes
-            for r in seen.pictures.residents(device)
-            if not r.pinned and not r.busy and idle_victim_at(r, self._limits, urgent=False) <= seen.now
-        )
-        return max(0, seen.pictures.tally(device).free_bytes) + sum(gives)
 
     def _activate(self, model: Model, want: _Want, device: Device, seen: _Pass) -> None:
         del self._wants[model.name]

@@ -50,13 +50,14 @@ class LoadEstimate:
             self._steps.append(decode_s / (answer_tokens - 1) / max(1, sharers))
 
     def noise(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
-        """Relative standard error of ``compute``. What prompts' tokens ask for is as uncertain as those, a few long ones
-        are most of it; the rest as the number of requests, in clumps or not: lengths of answers are known of many."""
-        total = self.compute(latency, answer_tokens, tpot_s, now)
-        if total <= 0.0:
-            return 0.0
-        of_tokens = latency.uncached_tokens(round(self._prompt_tokens.per_s(now))) * latency.s_per_token / total
+        """Relative standard error of ``compute``. What prompts' tokens ask for is as uncertain as those, of which
+        a few long ones are most; the rest as the number of requests, in clumps or not: how long answers are is known of
+        many."""
         by_tokens, by_requests = self._prompt_tokens.relative_error(now), self._requests.relative_error(now)
+        if (total := self.compute(latency, answer_tokens, tpot_s, now)) <= 0.0:
+            return max(by_tokens, by_requests)
+        tokens = latency.uncached_tokens(round(self._prompt_tokens.per_s(now)))
+        of_tokens = tokens * latency.s_per_token / total
         return of_tokens * by_tokens + (1.0 - of_tokens) * by_requests
 
     def compute(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
