@@ -184,6 +184,9 @@ class Activation:
         )
         self._look_at = min(self._look_at, room.look_at)
         if room.verdict is Verdict.BLOCKED:
+            if want.urgent:
+                again_at = self._mover.seek(model, needed_bytes, seen.pictures, self.waited_for(), seen.now)
+                self._look_at = min(self._look_at, again_at)
             if overdue:
                 seen.blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free
             seen.too_much[device.name, want.urgent] = needed_bytes

@@ -109,6 +109,10 @@ class Lifecycle:
         else:
             self.retire(runtime, now, why)
 
+    def is_set_aside(self, runtime: Runtime) -> bool:
+        """It sleeps with requests that go on when it wakes."""
+        return runtime.state is ASLEEP and bool(self._table.running(runtime.id))
+
     def settle(self, model: Model, now: float) -> None:
         """Follow up what has come to its end at each of its runtimes."""
         for runtime in model.runtimes:

@@ -49,10 +49,16 @@ class LoadEstimate:
             # Engines that compute at once share the device: alone the step would be that much shorter.
             self._steps.append(decode_s / (answer_tokens - 1) / max(1, sharers))
 
-    def noise(self, now: float) -> float:
-        """Relative standard error of what is asked, as its prompts' tokens show it: they have what makes it uncertain,
-        how many requests came, in clumps or not, and of which lengths."""
-        return self._prompt_tokens.relative_error(now)
+    def noise(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
+        """Relative standard error of ``compute``. What prompts' tokens ask for is as uncertain as those, of which
+        a few long ones are most; the rest as the number of requests, in clumps or not: how long answers are is known of
+        many."""
+        by_tokens, by_requests = self._prompt_tokens.relative_error(now), self._requests.relative_error(now)
+        if (total := self.compute(latency, answer_tokens, tpot_s, now)) <= 0.0:
+            return max(by_tokens, by_requests)
+        tokens = latency.uncached_tokens(round(self._prompt_tokens.per_s(now)))
+        of_tokens = tokens * latency.s_per_token / total
+        return of_tokens * by_tokens + (1.0 - of_tokens) * by_requests
 
     def compute(self, latency: LatencyEstimate, answer_tokens: int, tpot_s: float, now: float) -> float:
         """Seconds of one device that are asked for a second: prefill and decode. More than 1 is too much."""

@@ -108,13 +108,17 @@ def find_room(
         (r for r in residents if not r.pinned and r.busy and r.awake_since + limits.min_residence_s <= now),
         key=lambda r: (r.priority, r.awake_since, r.model),
     )
-    still_missing = missing - sum(r.gives_bytes for r in ready)
-    drain = _enough(in_turn, still_missing)
-    if drain is None:
+    drain, left = _first(in_turn, missing - sum(r.gives_bytes for r in ready))
+    if left > 0:
         stays = (r.awake_since + limits.min_residence_s for r in residents if not r.pinned)
         return Room(Verdict.BLOCKED, look_at=min((at for at in stays if at > now), default=look_at))
-    _give([*ready, *drain], needed_bytes, tally)
-    return Room(Verdict.COMING, sleep=tuple(r.model for r in ready), drain=tuple(r.model for r in drain))
+    victims = _needed([*ready, *drain], -left)
+    _give(victims, needed_bytes, tally)
+    return Room(
+        Verdict.COMING,
+        sleep=tuple(r.model for r in victims if not r.busy),
+        drain=tuple(r.model for r in victims if r.busy),
+    )
 
 
 def idle_victim_at(resident: Resident, limits: SchedulerConfig, urgent: bool) -> float:
@@ -147,9 +151,21 @@ def kv_victims(
 
 
 def _enough(victims: Sequence[Resident], missing_bytes: int) -> list[Resident] | None:
-    """The first of them that together give what is missing; None if all do not."""
-    chosen, missing_bytes = _first(victims, missing_bytes)
-    return chosen if missing_bytes <= 0 else None
+    """The first of them that together give what is missing, without those whom the others make superfluous; None if
+    all do not."""
+    chosen, left_bytes = _first(victims, missing_bytes)
+    return _needed(chosen, -left_bytes) if left_bytes <= 0 else None
+
+
+def _needed(chosen: Sequence[Resident], spare_bytes: int) -> list[Resident]:
+    """Of victims that together give ``spare_bytes`` too much: the later ones are let off first."""
+    kept: list[Resident] = []
+    for victim in reversed(chosen):
+        if victim.gives_bytes <= spare_bytes:
+            spare_bytes -= victim.gives_bytes
+        else:
+            kept.append(victim)
+    return kept[::-1]
 
 
 def _first(victims: Sequence[Resident], missing_bytes: int) -> tuple[list[Resident], int]:

@@ -5,6 +5,8 @@
 3. it is awake: it is the model's home, and all new grants go there; the source is leaving;
 4. the source has answered what it had, or its deadline is over: it is stopped, or sleeps as the model's spare.
 
+A model may also move while it sleeps: requests wait for it, and where it sleeps nobody can give (``seek``).
+
 If the target does not come up, the source has never stopped serving; the model stays where it is for a while. If the
 source dies, the target becomes the home at once, and what is queued waits for it (supervisor.py). A router that starts
 anew knows nothing of moves: it finds two runtimes, and the rule for adoption ends at step 3.
@@ -12,14 +14,16 @@ anew knows nothing of moves: it finds two runtimes, and the rule for adoption en
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
-from prism_sgl.messages import RuntimeId
+from prism_sgl.messages import RuntimeId, RuntimeState
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
-from prism_sgl.schedulers.memory_plan import Verdict, find_room
+from prism_sgl.schedulers.memory_plan import Verdict, find_room, idle_victim_at
 from prism_sgl.schedulers.pictures import Pictures, demand
 from prism_sgl.schedulers.records import ASLEEP, AWAKE, DRAINING, STOPPING, Device, Model, Role, Runtime
 
@@ -29,6 +33,8 @@ _COOL_DOWN = 0.5
 _FAILED = 4
 # Room that idle models give comes in less than a second; memory of a stopped process takes longer to return.
 _ROOM_WAIT_S = 15.0
+# To look at all devices for one model takes milliseconds in a large fleet; in vain, all wait for so long.
+_SEEK_EVERY_S = 1.0
 
 
 @dataclass
@@ -37,6 +43,7 @@ class _Move:
     role: Role  # INCOMING, or REPLICA: the source stays
     why: str
     since: float
+    source: RuntimeState  # of the home when it began: in another one before a runtime starts it has lost its reason
     waits_for: str = ""  # a model that leaves the device first
     runtime: RuntimeId | None = None  # None: room is being made
 
@@ -51,6 +58,7 @@ class Mover:
         self._lifecycle = lifecycle
         self._moves: dict[str, _Move] = {}
         self._rests_until: dict[str, float] = {}
+        self._sought = (-math.inf, 0)  # until then no device is looked for, for those who need as much
         self._spareless = dict.fromkeys(fleet.models)  # may have no spare
         self.has_news = False  # a move waits to be looked at
 
@@ -104,11 +112,54 @@ class Mover:
         role: Role = Role.INCOMING,
         waits_for: str = "",
     ) -> None:
-        assert self.refusal(model, device) is None
-        self._moves[model.name] = _Move(device, role, why, now, waits_for)
+        assert model.runtime.state is ASLEEP or self.refusal(model, device) is None
+        self._moves[model.name] = _Move(device, role, why, now, model.runtime.state, waits_for)
         self.has_news = True
         verb = "gets a replica on" if role is Role.REPLICA else "moves to"
         self._fleet.note(f"{model.name}: {verb} {device} ({why})")
+
+    def seek(
+        self, model: Model, needed_bytes: int, pictures: Pictures, waited_for: Container[str], now: float
+    ) -> float:
+        """It sleeps, requests wait, and nobody there can give: it moves where there is room that nobody waits for.
+
+        As for any move, room is what is free and what settled models give. The home goes on waiting for its turn, and
+        whichever is awake first serves. Returns when to ask again if nothing was found; never if it can't move.
+        """
+        if model.runtime.state is not ASLEEP or model.others or model.name in self._moves:
+            return math.inf
+        if self._lifecycle.is_set_aside(model.runtime) or len(model.devices) < 2:
+            return math.inf
+        if rests_until := self.rests_until(model, now):
+            return rests_until
+        until, too_many_bytes = self._sought
+        if now < until and needed_bytes >= too_many_bytes:
+            return until
+        places = [
+            replace(
+                pictures.place(device),
+                free_bytes=self._free_bytes(device, pictures, now),
+                reclaimable_bytes=0,
+                possible_bytes=0,
+            )
+            for name, device in self._fleet.devices.items()
+            if name not in waited_for
+        ]
+        choice = placement.choose(demand(model, self._fleet, now), places, pictures.kv_unit())
+        if choice.device is None:
+            self._sought = (now + _SEEK_EVERY_S, needed_bytes)
+            return now + _SEEK_EVERY_S
+        self.begin(model, choice.device, now, f"{model.runtime.device} has no room; {choice.reason}")
+        return math.inf
+
+    def _free_bytes(self, device: Device, pictures: Pictures, now: float) -> int:
+        """What nobody was promised, and what settled idle models would give."""
+        gives = (
+            r.gives_bytes
+            for r in pictures.residents(device)
+            if not r.pinned and not r.busy and idle_victim_at(r, self._limits, urgent=False) <= now
+        )
+        return max(0, pictures.tally(device).free_bytes) + sum(gives)
 
     def drop(self, model: Model, device: str, now: float, why: str) -> None:
         """One of several runtimes that serve it is no longer needed."""
@@ -163,7 +214,13 @@ class Mover:
         """Follow up what has happened to a model's runtimes."""
         incoming = model.incoming
         if incoming is not None and incoming.state is AWAKE:
-            self._switch(model, now)
+            if self._lifecycle.is_set_aside(model.runtime):
+                # What it had in flight goes on where it was, after its next turn there.
+                self._lifecycle.retire(
+                    incoming, now, "the home fell asleep with requests", keep=self._limits.spares
+                )
+            elif model.runtime.sleep_sent_at is None:
+                self._switch(model, now)
         elif incoming is not None and incoming.state is ASLEEP:
             self._keep_asleep(incoming, now)
         for runtime in model.others:
@@ -192,7 +249,7 @@ class Mover:
             self._rests_until[model.name] = now + self._cool_down_s
 
     def _lost_its_reason(self, model: Model, move: _Move) -> str | None:
-        if model.runtime.state is not AWAKE:
+        if model.runtime.state is not move.source:
             return f"it is {model.runtime.state}"
         there = self._fleet.devices[move.device].residents.get(model.name)
         return None if there is None or there.is_spare else f"it is on {move.device}"
@@ -227,7 +284,8 @@ class Mover:
                 device = self._fleet.devices[choice.device]
                 why = "shall sleep on a second device"
                 runtime = self._lifecycle.start(model, device, now, why, Role.SPARE)
-                self._moves[name] = _Move(device.name, Role.SPARE, why, now, runtime=runtime)
+                state = model.runtime.state
+                self._moves[name] = _Move(device.name, Role.SPARE, why, now, state, runtime=runtime)
                 pictures.changed(device.name)
                 return
 

@@ -49,7 +49,7 @@ def demand(model: Model, fleet: Fleet, now: float) -> Demand:
         pressure=pressure,
         devices=model.devices,
         compute=model.load.compute(model.latency, model.answers.typical, config.slo.tpot_s, now),
-        noise=model.load.noise(now),
+        noise=model.load.noise(model.latency, model.answers.typical, config.slo.tpot_s, now),
         reads=_reads(model, fleet),
     )
 

@@ -52,18 +52,31 @@ def test_decode_counts_by_how_much_of_the_promised_time_a_step_takes() -> None:
     assert seldom.compute(latency(), 100, 0.05, 59.9) == pytest.approx(0.394 * 0.2, rel=0.01)
 
 
+def noise(load: LoadEstimate, now: float, s_per_token: float = 0.001) -> float:
+    return load.noise(latency(s_per_token=s_per_token), 100, 0.05, now)
+
+
 def test_what_is_asked_is_as_sure_as_its_buckets_are_even() -> None:
-    assert LoadEstimate().noise(0.0) == 0.0
-    assert asked(rate=10.0).noise(59.9) == pytest.approx(0.0, abs=1e-6)
+    assert noise(LoadEstimate(), 0.0) == 0.0
+    assert noise(asked(rate=10.0), 59.9) == pytest.approx(0.0, abs=1e-6)
     begun = LoadEstimate()
     for number in range(50):
         begun.ask(100, number / 10)  # one bucket of twelve
-    assert begun.noise(5.0) == pytest.approx(1.0)
+    assert noise(begun, 5.0) == pytest.approx(1.0)
     clumps = LoadEstimate()
     for bucket in range(12):
         for _ in range(1 if bucket % 2 else 3):
             clumps.ask(100, bucket * 5.0)
-    assert clumps.noise(59.9) == pytest.approx(math.sqrt((12 * 60 / 24**2 - 1) / 11))
+    assert noise(clumps, 59.9) == pytest.approx(math.sqrt((12 * 60 / 24**2 - 1) / 11))
+
+
+def test_long_prompts_make_uncertain_only_what_prompts_ask_for() -> None:
+    load = LoadEstimate()
+    for bucket in range(12):
+        load.ask(10_000 if bucket == 5 else 10, bucket * 5.0)
+    assert noise(load, 59.9) == pytest.approx(1.0, abs=0.05), "one prompt is nearly all that is asked"
+    load.answered(total_s=1.0, ttft_s=0.0, kv_tokens=200, answer_tokens=101, sharers=1)
+    assert noise(load, 59.9, s_per_token=1e-6) < 0.05, "decode: a request in each bucket"
 
 
 def test_memory_is_asked_for_as_long_as_answers_take() -> None:

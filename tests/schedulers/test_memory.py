@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from prism_sgl.config import SchedulerConfig
 from prism_sgl.messages import (
     ApiHello,
     Hello,
@@ -16,6 +17,7 @@ from prism_sgl.messages import (
     SupervisorHello,
     WakeFailed,
 )
+from prism_sgl.schedulers.memory_plan import Resident, Room, Tally, find_room
 from tests.schedulers.by_hand import (
     MIB,
     ByHand,
@@ -369,3 +371,27 @@ def test_model_goes_only_where_it_may() -> None:
     router = ByHand(config(model("chat"), model("code", devices=("host0",)), budget_mib=300, devices=2))
     router.start_all()
     assert router.state("code").device == "host0"
+
+
+def resident(name: str, gives_bytes: int, since: float, *, busy: bool = False) -> Resident:
+    return Resident(name, gives_bytes, False, busy, True, 0, since, since)
+
+
+def room_of(needed_bytes: int, *residents: Resident) -> Room:
+    """For a request that has waited its time, at 1000 s, where nothing is free."""
+    tally = Tally(0, 0)
+    return find_room(
+        needed_bytes, tally, residents, 1000.0, SchedulerConfig(), urgent=True, waits_since=900.0
+    )
+
+
+def test_nobody_gives_what_others_make_superfluous() -> None:
+    small, big = resident("small", 10, 100.0), resident("big", 100, 200.0)
+    assert room_of(10, small, big).sleep == ("small",), "the longest idle first"
+    assert room_of(100, small, big).sleep == ("big",), "it gives all that is wanted"
+    assert room_of(105, small, big).sleep == ("small", "big")
+    busy, wide = resident("busy", 10, 100.0, busy=True), resident("wide", 100, 200.0, busy=True)
+    turn = room_of(100, small, busy, wide)
+    assert (turn.sleep, turn.drain) == ((), ("wide",))
+    turn = room_of(110, small, busy, wide)
+    assert (turn.sleep, turn.drain) == (("small",), ("wide",)), "idle ones before busy ones"

@@ -26,7 +26,18 @@ from prism_sgl.messages import (
 )
 from prism_sgl.schedulers.controller import Command
 from prism_sgl.schedulers.records import Role
-from tests.schedulers.by_hand import MIB, ByHand, config, facts, granted, model, of, replies, started_models
+from tests.schedulers.by_hand import (
+    MIB,
+    ByHand,
+    config,
+    facts,
+    granted,
+    model,
+    of,
+    replies,
+    started_models,
+    woken_models,
+)
 
 OLD, NEW = RuntimeId("chat@host0.1-1"), RuntimeId("chat@host1.1-2")
 
@@ -170,6 +181,80 @@ def test_room_on_the_target_is_made_of_idle_models_and_never_of_busy_ones() -> N
     assert len([c for c in commands if type(c.message).__name__ == "Sleep"]) == 1
     asleep = next(name for name in on_target if router.state(name).state == "draining")
     assert [s.model for s in of(router.slept(router.id(asleep)), StartRuntime)] == ["chat"]
+
+
+def one_beside_another(**keys: float) -> ByHand:
+    """Each device holds one awake: ``chat`` and ``x`` live on host0, ``x`` is awake and answers; ``y`` is on host1."""
+    models = (model("x", devices=("host0",)), model("y", devices=("host1",)), model("chat", preload=False))
+    router = ByHand(config(*models, budget_mib=300, devices=2, **keys))  # type: ignore[arg-type]
+    router.start_all()
+    router.now += 5
+    router.submit("busy", "y")
+    router.submit("first", "chat")
+    router.start_all()
+    assert router.state("chat").device == "host0"
+    router.finish("first", "chat")
+    router.finish("busy", "y")
+    router.now += 5
+    return router
+
+
+def test_model_that_waits_for_memory_moves_where_there_is_room() -> None:
+    router = one_beside_another()
+    router.submit("long", "x")
+    router.slept(router.id("chat"))
+    router.woke("x")
+    assert started_models(router.submit("r1", "chat")) == []  # y is idle, and not yet for long
+    router.admin("sleep", "y")
+    (start,) = of(router.slept(router.id("y")) + router.wait(1.1), StartRuntime)
+    assert start.runtime.startswith("chat@host1")
+    assert router.state("chat").others[0].role == "incoming"
+    assert granted(hello(router, start.runtime)) == ["r1"]
+    status = router.state("chat")
+    assert (status.device, status.moves) == ("host1", 1)
+    assert stopped(router.all)[-1].startswith("chat@host0"), "it slept there with nothing in flight"
+    assert router.state("x").in_flight == 1
+
+
+def test_model_that_could_wake_meanwhile_does_not_move() -> None:
+    router = one_beside_another()
+    router.submit("long", "x")
+    router.slept(router.id("chat"))
+    router.woke("x")
+    router.submit("r1", "chat")
+    router.admin("sleep", "y")
+    (start,) = of(router.slept(router.id("y")) + router.wait(1.1), StartRuntime)
+    exit_of(router, start.runtime)
+    router.finish("long", "x")
+    router.now += 3
+    router.tick()
+    router.slept(router.id("x"))
+    assert granted(router.woke("chat")) == ["r1"]
+    assert router.state("chat").device == "host0"
+
+
+def test_target_is_given_up_if_the_source_was_set_aside_meanwhile() -> None:
+    """Requests set aside go on in the engine that has them."""
+    router = one_beside_another(max_wait_s=10.0)
+    router.admin("sleep", "y")
+    router.slept(router.id("y"))
+    router.submit("long", "chat")
+    router.first_token("long", "chat")
+    (start,) = of(move(router), StartRuntime)
+    router.submit("r-x", "x")
+    router.wait(21)
+    router.slept(router.id("chat"))
+    router.woke("x")
+    hello(router, start.runtime)
+    assert (router.state("chat").device, router.state("chat").state) == ("host0", "asleep")
+    assert stopped(router.wait(1.5)) == [start.runtime]
+    exit_of(router, start.runtime, expected=True)
+    router.finish("r-x", "x")
+    router.wait(3)
+    assert woken_models(router.slept(router.id("x"))) == ["chat"]
+    router.woke("chat")
+    router.finish("long", "chat")
+    assert router.state("chat").in_flight == 0
 
 
 def test_router_that_starts_in_the_middle_of_a_move_ends_it_with_one_runtime() -> None:

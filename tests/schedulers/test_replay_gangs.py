@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prism_sgl.messages import RequestId, RequestKey
+from prism_sgl.schedulers.replay.batch import Job
+from prism_sgl.schedulers.replay.device import Device, HeapClock
 from prism_sgl.schedulers.replay.outcomes import summarise, ttft_s
 from prism_sgl.schedulers.replay.prism import replay_prism
-from prism_sgl.schedulers.replay.spanning import place
+from prism_sgl.schedulers.replay.spanning import Gang, place
 from prism_sgl.schedulers.replay.spec import Arrival, ModelSpec
 from tests.schedulers.fleets import fleet, spec, steady
 
@@ -59,3 +62,36 @@ def test_wide_model_computes_on_all_its_devices() -> None:
     assert alone.ended_at is not None
     assert beside.ended_at is not None
     assert beside.ended_at > 1.7 * alone.ended_at
+
+
+def test_part_is_set_aside_with_its_requests_and_the_others_wait_for_it() -> None:
+    clock = HeapClock()
+    devices = [Device(f"gpu{i}", 10**11, clock) for i in range(2)]
+    gang = Gang(wide("a"), devices, clock)
+    parts = [gang.part(0), gang.part(1)]
+    seen: list[str] = []
+
+    def job(part: int) -> Job:
+        key = RequestKey(RequestId(f"r#{part}"), 1)
+        return Job(key, 100, 200, lambda: seen.append(f"first {part}"), lambda: seen.append(f"end {part}"))
+
+    def wake(part: int) -> None:
+        assert devices[part].try_hold(gang.engine, parts[part].open_bytes)
+        parts[part].open()
+
+    for part in (0, 1):
+        wake(part)
+    assert [parts[part].submit(job(part)) for part in (0, 1)] == [False, True]
+    clock.run(0.5)
+    assert seen == ["first 0", "first 1"]
+    (aside,) = parts[0].set_aside()
+    parts[0].close(0)
+    gang.check()
+    assert devices[0].held_bytes == 0
+    clock.run(30.0)
+    assert seen == ["first 0", "first 1"], "the other part computes nothing alone"
+    wake(0)
+    assert parts[0].submit(aside)
+    clock.run(60.0)
+    assert sorted(seen) == ["end 0", "end 1", "first 0", "first 1"]
+    gang.check()

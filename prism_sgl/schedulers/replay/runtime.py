@@ -71,8 +71,8 @@ class Computes(Protocol):
     def open(self) -> None: ...
     def close(self, keep_bytes: int) -> None: ...
     def abort(self) -> None: ...
-    def set_aside(self) -> list[Job] | None:
-        """All requests, taken out; None if it can't."""
+    def set_aside(self) -> list[Job]:
+        """All requests, taken out."""
         ...
 
     def submit(self, job: Job) -> bool:
@@ -196,11 +196,10 @@ class ReplayRuntime:
 
     def _slept(self, preempt: bool) -> None:
         self._obeying = False
-        aside = self._engine.set_aside() if preempt and self._jobs else []
-        if aside is None or (self._jobs and not preempt):
+        if self._jobs and not preempt:
             self._say(SleepRefused(runtime=self.id, reason="a request came in"))
         else:
-            self._aside += aside
+            self._aside += self._engine.set_aside()
             self._state = RuntimeState.ASLEEP
             self._engine.close(self._costs.asleep_bytes)
             if self._keep:

@@ -56,6 +56,7 @@ class Gang:
         self._awake: set[int] = set()
         self._gathered: dict[object, dict[int, Job]] = {}  # request -> the parts that have been granted it
         self._jobs: dict[object, Job] = {}  # request -> what the engine was given
+        self._written: dict[object, int] = {}  # of requests set aside: tokens of the answer so far
 
     def part(self, number: int) -> Part:
         return Part(self, number)
@@ -89,13 +90,24 @@ class Gang:
             for part in parts:
                 part.on_end()
 
-        whole = self._jobs[request] = Job(request, job.prompt_tokens, job.output_tokens, first, end)
+        written = self._written.pop(request, 0)
+        whole = Job(request, job.prompt_tokens, job.output_tokens, first, end, written)
+        self._jobs[request] = whole
         return self.engine.submit(whole)
+
+    def set_aside(self, number: int) -> list[Job]:
+        """One part sleeps with its requests: no other can go on without it, so all wait for it from now on."""
+        for whole in self.engine.set_aside() if self.engine.is_open else ():
+            self._written[whole.key] = whole.written
+            del self._jobs[whole.key]
+        granted = (parts.pop(number, None) for parts in self._gathered.values())
+        return [job for job in granted if job is not None]
 
     def cancel(self, number: int, job: Job) -> None:
         """The whole request ends with its first part that goes."""
         request = _whole(job)
         self._gathered.get(request, {}).pop(number, None)
+        self._written.pop(request, None)
         if (whole := self._jobs.pop(request, None)) is not None:
             self.engine.cancel(whole)
 
@@ -141,8 +153,8 @@ class Part:
     def close(self, keep_bytes: int) -> None:
         self._gang.part_asleep(self._number, keep_bytes)
 
-    def set_aside(self) -> list[Job] | None:
-        return None  # the other parts would go on without it
+    def set_aside(self) -> list[Job]:
+        return self._gang.set_aside(self._number)
 
     def abort(self) -> None:
         self._gang.abort(self._number)
