@@ -26,7 +26,8 @@ def test_mix_of_events_has_requests_beats_sleeps_and_wakes(drive: controller.Dri
     assert drive.times_us is not None
     counts = {kind: len(times) for kind, times in drive.times_us.items()}
     assert 500 <= counts["finished"] <= counts["first token"] <= counts["started"] <= counts["submit"]
-    assert counts["load"] > 1000 and counts["api beat"] > 100 and counts["hello"] == 10
+    assert counts["load"] > 1000 and counts["api beat"] > 100
+    assert 10 <= counts["hello"] < 20  # some move where there is room
     assert counts["slept"] > 0 and counts["woke"] > 0
 
 
