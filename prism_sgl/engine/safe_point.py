@@ -93,9 +93,8 @@ class SafePoint:
             lacking -= gained
             running_batch.batch_is_full = False
         if not busy:
-            self._tell_of_strangers(
-                False, enough=True
-            )  # nobody waits, with what there is; the next shortage is news
+            # Nobody waits any more, with what there is, so the next shortage is news again.
+            self._tell_of_strangers(False, enough=True)
         if waiting and running_batch.is_empty():
             # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
             running_batch.batch_is_full = False
