@@ -2,7 +2,7 @@
 
 Costs come from benchmarks/results/gpu, what is not measured is listed by name in every result. Traces, SLO scale and
 seeds stand here, before any run; baselines get the best of their tunings, prism runs with the live defaults. Results:
-benchmarks/results/sim/<figure>.json. About five minutes of one core for all.
+benchmarks/results/sim/<figure>.json. About ten minutes of one core for all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,25 @@ def _requests_at_target(over: Runner) -> dict[str, Any]:
 
 def equal_gpus() -> dict[str, Any]:
     """Attainment of all policies over rate and SLO scale; where ours is best against others."""
-    over = runner("8_models_2_gpus", repeats=REPEATS)
+    return _equal_gpus(
+        runner("8_models_2_gpus", repeats=REPEATS), (1.0, 2.0, 4.0, 8.0), (*POLICIES, "prototype")
+    )
+
+
+def equal_gpus_hyperbolic() -> dict[str, Any]:
+    """The same on the trace like Hyperbolic's."""
+    over = runner("8_models_2_gpus", trace_file.load(HYPERBOLIC), repeats=REPEATS)
+    return _equal_gpus(over, (1.0, 2.0, 4.0), POLICIES)
+
+
+def _equal_gpus(over: Runner, rates: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
     runs: list[Run] = []
     for gpus in (1, 2):
         for slo in (2.0, 5.0, 10.0):
-            for rate in (1.0, 2.0, 4.0, 8.0):
-                runs += [over.run(policy, rate, slo, gpus) for policy in (*POLICIES, "prototype")]
-        print(f"  {gpus} devices done", flush=True)
+            for rate in rates:
+                runs += [over.run(policy, rate, slo, gpus) for policy in names]
+                shown = (f"{run.policy} {run.summary.ttft_attainment:.4f}" for run in runs[-len(names) :])
+                print(f"  {gpus} devices, SLO {slo:g}, x{rate:g}: {', '.join(shown)}", flush=True)
     largest = {
         "against all": _largest(runs, ("static", "muxserve", "paper", "prototype")),
         "against static and muxserve": _largest(runs, ("static", "muxserve")),
@@ -152,6 +164,7 @@ FIGURES: dict[str, Callable[[], dict[str, Any]]] = {
     "requests_at_target": requests_at_target,
     "requests_at_target_hyperbolic": requests_at_target_hyperbolic,
     "equal_gpus": equal_gpus,
+    "equal_gpus_hyperbolic": equal_gpus_hyperbolic,
     "gpus_at_target": gpus_at_target,
     "all_busy": all_busy,
     "window": window,
