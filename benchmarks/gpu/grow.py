@@ -78,11 +78,18 @@ def kvcached_itself(folder: str, rounds: int, *, contiguous: bool) -> dict[str, 
     if not contiguous:
         environment["KVCACHED_CONTIGUOUS_LAYOUT"] = "false"
         command.append("--only-mapping")
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"what"')]
-    if done.returncode:
-        say(f"kvcached ended with {done.returncode}: {done.stderr[-2000:]}")
-    return {line["what"]: line["value"] for line in lines}
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            said, complained = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, complained = process.communicate()
+    if process.returncode:
+        say(f"kvcached ended with {process.returncode}: {complained[-2000:]}")
+    reported = (json.loads(line) for line in said.splitlines() if line.startswith('{"what"'))
+    return {report["what"]: report["value"] for report in reported}
 
 
 def arena_times(page_mib: int, rounds: int, *, zeroed: bool) -> tuple[float, float]:
