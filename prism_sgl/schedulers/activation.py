@@ -120,7 +120,7 @@ class Activation:
         urgent = (
             bool(self._table.queued(model.name))
             or self._admin.wants_awake(model)
-            or (state is ASLEEP and bool(self._table.running(model.runtime.id)))
+            or self._lifecycle.is_set_aside(model.runtime)
         )
         wanted = (urgent and state is ASLEEP) or ((urgent or model.start_wanted) and state in (COLD, FAILED))
         want = self._wants.get(model.name)
@@ -185,7 +185,7 @@ class Activation:
         self._look_at = min(self._look_at, room.look_at)
         if room.verdict is Verdict.BLOCKED:
             if want.urgent:
-                again_at = self._mover.seek(model, needed_bytes, seen.pictures, self.waited_for(), seen.now)
+                again_at = self._mover.seek(model, needed_bytes, seen.pictures, self.waited_for, seen.now)
                 self._look_at = min(self._look_at, again_at)
             if overdue:
                 seen.blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free

@@ -15,7 +15,7 @@ anew knows nothing of moves: it finds two runtimes, and the rule for adoption en
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 from prism_sgl.config import SchedulerConfig
@@ -119,7 +119,12 @@ class Mover:
         self._fleet.note(f"{model.name}: {verb} {device} ({why})")
 
     def seek(
-        self, model: Model, needed_bytes: int, pictures: Pictures, waited_for: Container[str], now: float
+        self,
+        model: Model,
+        needed_bytes: int,
+        pictures: Pictures,
+        waited_for: Callable[[], Container[str]],
+        now: float,
     ) -> float:
         """It sleeps, requests wait, and nobody there can give: it moves where there is room that nobody waits for.
 
@@ -135,6 +140,7 @@ class Mover:
         until, too_many_bytes = self._sought
         if now < until and needed_bytes >= too_many_bytes:
             return until
+        avoided = waited_for()
         places = [
             replace(
                 pictures.place(device),
@@ -143,7 +149,7 @@ class Mover:
                 possible_bytes=0,
             )
             for name, device in self._fleet.devices.items()
-            if name not in waited_for
+            if name not in avoided
         ]
         choice = placement.choose(demand(model, self._fleet, now), places, pictures.kv_unit())
         if choice.device is None:
