@@ -31,14 +31,21 @@ from benchmarks.gpu.results import Results
 PAGE_SIZES_MIB = (2, 16, 32, 64, 128)
 TOKEN_BYTES = 128 * 1024  # of an 8B
 OUR_PAGE_MIB = 128  # the product's default on a card
-GROW_TOKENS = 8 * GIB // TOKEN_BYTES  # far beyond the pages that kvcached keeps mapped ahead
+GROW_GIB = 8  # far beyond the pages that kvcached keeps mapped ahead
+GROW_TOKENS = GROW_GIB * GIB // TOKEN_BYTES
 STEPS_AT_ONCE = 50
 
 
-def median_ms(action: Callable[[], None], after: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """(median ms of ``action``, of ``after``), which undoes it."""
+def median_ms(
+    action: Callable[[], None],
+    after: Callable[[], None],
+    rounds: int,
+    settle: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """(median ms of ``action``, of ``after``), which undoes it. ``settle`` comes before each round."""
     forth, back = [], []
     for number in range(rounds + 2):
+        settle()
         began = time.perf_counter()
         action()
         middle = time.perf_counter()
@@ -301,7 +308,7 @@ def measure_slots(results: Results, rounds: int, folder: str) -> None:
         results.add("map 1 GiB while a kernel of 20 ms runs on other memory", mapped / 1e3, None, "ms")
         assert pool.mapped_bytes == arena.mapped_bytes
     with results.attempt("idle floor"):
-        ours.drop_pages(page for page in ours.empty_pages() if page != parts.pool.pages.pinned_page)
+        ours.drop_pages(ours.empty_pages())
         results.add(
             "KV that an idle engine cannot give back, against kvcached",
             parts.pool.mapped_bytes / MIB,
@@ -331,32 +338,24 @@ def measure_against_kvcached(
     """8 GiB grown and allocated, then freed and given back, each through the allocator that SGLang calls."""
     import torch
 
-    pool = parts.pool
-    grow_ms, give_ms = [], []
-    for number in range(6):
-        ours.drop_pages(page for page in ours.empty_pages() if page != pool.pages.pinned_page)
+    slots: list[Any] = []
+
+    def grow() -> None:
+        ours.add_blocks(parts.pool.grow_up_to(math.ceil(GROW_TOKENS / ours.page_tokens)))
+        slots.append(ours.alloc(GROW_TOKENS))
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        ours.add_blocks(pool.grow_up_to(math.ceil(GROW_TOKENS / ours.page_tokens)))
-        slots = ours.alloc(GROW_TOKENS)
-        torch.cuda.synchronize()
-        middle = time.perf_counter()
-        ours.free(slots)
-        ours.drop_pages(page for page in ours.empty_pages() if page != pool.pages.pinned_page)
-        end = time.perf_counter()
-        if number:
-            grow_ms.append((middle - began) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
-            give_ms.append((end - middle) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
+
+    def give_back() -> None:
+        ours.free(slots.pop())
+        ours.drop_pages(ours.empty_pages())
+
+    grow_ms, give_ms = median_ms(grow, give_back, 5, settle=torch.cuda.synchronize)
     for what, mine, theirs in (
         ("grow and allocate", grow_ms, "grow_ms"),
         ("free and give back", give_ms, "give_ms"),
     ):
         add_tenfold(
-            results,
-            f"{what} 8 GiB, against kvcached, {layout}",
-            statistics.median(mine),
-            peer.get(theirs),
-            "ms/GiB",
+            results, f"{what} 8 GiB, against kvcached, {layout}", mine / GROW_GIB, peer.get(theirs), "ms/GiB"
         )
 
 

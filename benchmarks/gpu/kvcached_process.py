@@ -18,7 +18,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu.grow import GROW_TOKENS, TOKEN_BYTES, steps_us, while_busy_us
+from benchmarks.gpu.grow import GROW_GIB, GROW_TOKENS, TOKEN_BYTES, median_ms, steps_us, while_busy_us
 from benchmarks.gpu.harness import GIB, MIB
 
 LAYERS, HEADS, HEAD_DIM = 32, 8, 128
@@ -65,20 +65,17 @@ def build() -> tuple[Any, float]:
 def measure_mapping(allocator: Any, rounds: int) -> None:
     import torch
 
-    grow_ms, give_ms = [], []
-    for number in range(rounds + 1):
-        began = time.perf_counter()
-        slots = allocator.alloc(GROW_TOKENS)
+    slots: list[Any] = []
+
+    def grow() -> None:
+        slots.append(allocator.alloc(GROW_TOKENS))
         torch.cuda.synchronize()
-        middle = time.perf_counter()
-        allocator.free(slots)
-        end = time.perf_counter()
-        if number:
-            grow_ms.append((middle - began) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
-            give_ms.append((end - middle) * 1e3 / (GROW_TOKENS * TOKEN_BYTES / GIB))
-        time.sleep(SETTLE_S)
-    report("grow_ms", statistics.median(grow_ms))
-    report("give_ms", statistics.median(give_ms))
+
+    grow_ms, give_ms = median_ms(
+        grow, lambda: allocator.free(slots.pop()), rounds, settle=lambda: time.sleep(SETTLE_S)
+    )
+    report("grow_ms", grow_ms / GROW_GIB)
+    report("give_ms", give_ms / GROW_GIB)
 
 
 def main() -> None:

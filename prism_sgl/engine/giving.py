@@ -109,11 +109,11 @@ class Giving:
 
     def _give_pages(self, target: Target, requests: Iterable[Any]) -> tuple[int, int]:
         allowed = self._pages_to_give(target, requests)
-        given = self.allocator.drop_pages(self._empty_pages()[:allowed])
+        given = self.allocator.drop_pages(self.allocator.empty_pages()[:allowed])
         lost = 0
         if given < allowed and self.tree.evictable_size() > 0:
             lost = evict_pages(self.tree, self.allocator, allowed - given)
-            given += self.allocator.drop_pages(self._empty_pages()[: allowed - given])
+            given += self.allocator.drop_pages(self.allocator.empty_pages()[: allowed - given])
         return given, lost
 
     def _pages_to_give(self, target: Target, requests: Iterable[Any]) -> int:
@@ -126,11 +126,6 @@ class Giving:
         can_end = min(self._excess_pages(target.granules), (free - self._rest_of(requests)) // page_tokens)
         by_right = min(self._excess_pages(target.enforced), free // page_tokens)
         return int(max(can_end, by_right, 0))
-
-    def _empty_pages(self) -> list[int]:
-        """Highest first."""
-        pinned = self.allocator.elastic.pages.pinned_page
-        return [page for page in self.allocator.empty_pages() if page != pinned]
 
     def _chunked_tokens(self) -> int:
         chunked = self.scheduler.chunked_req

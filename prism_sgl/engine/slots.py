@@ -133,7 +133,7 @@ class ElasticBlocks:
         return per_page
 
     def empty_pages(self) -> list[int]:
-        """Mapped pages that hold no used block, highest first (the order in which to give them back)."""
+        """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back."""
         used = self.used_per_page()
         return [p for p in sorted(self.elastic.pages.mapped_pages, reverse=True) if used[p] == 0]
 
