@@ -14,6 +14,7 @@ _FALLOC_FL_PUNCH_HOLE = 2
 _HIDDEN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROT_NONE = 0
 _MADV_POPULATE_WRITE = 23  # kernel 5.14
+_MADV_COLLAPSE = 25  # kernel 6.1
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -54,10 +55,9 @@ class HostCalls:
         """Memory for this part of the file, now: a hole filled at first touch would be a SIGBUS when it fails."""
         os.posix_fallocate(fd, offset, size_bytes)
 
-    def map(self, address: int, size_bytes: int, fd: int, offset: int) -> None:
-        self._call_mmap(
-            address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, offset
-        )
+    def map(self, address: int, size_bytes: int, fd: int, offset: int, *, writable: bool = True) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._call_mmap(address, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
 
     def hide(self, address: int, size_bytes: int) -> None:
         """Reserve over what is mapped there: the range stays ours, an access faults."""
@@ -75,6 +75,11 @@ class HostCalls:
             self._madvise(address, size_bytes, _MADV_POPULATE_WRITE) != 0
             and ctypes.get_errno() != errno.EINVAL
         ):
+            raise _error("madvise")
+
+    def collapse(self, address: int, size_bytes: int) -> None:
+        """Have a memory file's huge pages in the place of small ones; kernel 6.1. Address and file aligned to them."""
+        if size_bytes and self._madvise(address, size_bytes, _MADV_COLLAPSE) != 0:
             raise _error("madvise")
 
     def protect(self, address: int, size_bytes: int) -> None:

@@ -45,9 +45,9 @@ class FailingCalls(HostCalls):
         self._call("allocate")
         super().allocate(fd, offset, size_bytes)
 
-    def map(self, address: int, size_bytes: int, fd: int, offset: int) -> None:
+    def map(self, address: int, size_bytes: int, fd: int, offset: int, *, writable: bool = True) -> None:
         self._call("map")
-        super().map(address, size_bytes, fd, offset)
+        super().map(address, size_bytes, fd, offset, writable=writable)
 
     def hide(self, address: int, size_bytes: int) -> None:
         self._call("hide")
