@@ -13,7 +13,7 @@ from prism_sgl.allocator.ledger import Kind, Owner
 from prism_sgl.allocator.vmm import GRANULE_BYTES, DeviceFullError, Vmm, num_pages_in
 
 # What is given back goes to the ledger in steps, so that a neighbour maps the first pages while others are unmapped.
-_UNMAPPED_AT_ONCE = 16
+_UNMAPPED_AT_ONCE = 8
 
 
 class Lease:

@@ -54,7 +54,7 @@ class Owner:
         return self._reserve(kind, granules, step)
 
     def release(self, kind: Kind, granules: int) -> None:
-        """Give granules back whose memory is already back with the device."""
+        """Give granules back whose memory is already back with the device; rings the bells of those that wait."""
         _insist_amount(granules)
         with self._table.lock:
             self._insist_alive()
@@ -66,6 +66,9 @@ class Owner:
             target = self._table.target(self._slot)
             if target is not None and self._table.elastic(self._slot) <= target.granules:
                 self._table.answer_targets(self._slot)
+            waiting = [self._table.text(slot)[1] for slot, _ in self._others_asking(time.monotonic_ns())]
+        for bell in waiting:
+            doorbell.ring(bell)
 
     def _reserve(self, kind: Kind, granules: int, step: int) -> int:
         _insist_amount(granules)

@@ -109,11 +109,12 @@ class Giving:
 
     def _give_pages(self, target: Target, requests: Iterable[Any]) -> tuple[int, int]:
         allowed = self._pages_to_give(target, requests)
-        given = self.allocator.drop_pages(self.allocator.empty_pages()[:allowed])
+        used = self.allocator.used_per_page()
+        given = self.allocator.drop_pages(self.allocator.empty_pages(used)[:allowed])
         lost = 0
         if given < allowed and self.tree.evictable_size() > 0:
-            lost = evict_pages(self.tree, self.allocator, allowed - given)
-            given += self.allocator.drop_pages(self.allocator.empty_pages()[: allowed - given])
+            lost, emptied = evict_pages(self.tree, self.allocator, used, allowed - given)
+            given += self.allocator.drop_pages(emptied[: allowed - given])
         return given, lost
 
     def _pages_to_give(self, target: Target, requests: Iterable[Any]) -> int:

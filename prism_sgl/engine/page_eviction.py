@@ -26,99 +26,100 @@ Ints = npt.NDArray[np.int64]
 _ROUND = 4
 
 
-def evict_pages(tree: Any, allocator: ElasticAllocator, num_pages: int) -> int:
+def evict_pages(tree: Any, allocator: ElasticAllocator, used: Ints, num_pages: int) -> tuple[int, list[int]]:
     """Drop cached prefixes until ``num_pages`` more pages are empty or nothing is left to drop.
 
-    ``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279). Returns the tokens lost.
+    ``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279), ``used`` the allocator's ``used_per_page``.
+    Returns the tokens lost, and the pages that are empty now, highest first.
     """
     nodes = _unlocked_nodes(tree)
     if num_pages <= 0 or not nodes:
-        return 0
-    cuts = _Cuts(nodes, allocator)
-    cuts.choose(num_pages)
-    return _carry_out(tree, allocator, nodes, cuts.keep)
+        return 0, []
+    cuts = _Cuts(nodes, allocator, used)
+    emptied = cuts.choose(num_pages)
+    return _carry_out(tree, allocator, nodes, cuts.keep[:-1]), emptied
 
 
 class _Cuts:
     """How many blocks each node keeps. Nodes are counted as in the list, parents before children.
 
-    Invariants: a node that loses a block loses all behind it and all nodes below it; ``left[p]`` counts the used
-    blocks of page p that are not lost.
+    Invariants: a node that loses a block loses all behind it and all nodes below it. One more node at the end stands
+    for the parent of those that have none here; it has no blocks, so it loses none.
     """
 
-    def __init__(self, nodes: list[Any], allocator: ElasticAllocator) -> None:
+    def __init__(self, nodes: list[Any], allocator: ElasticAllocator, used: Ints) -> None:
         block_tokens = allocator.page_size
         # One look at the device for all nodes.
-        ids = torch.cat([node.value[::block_tokens] for node in nodes]) // block_tokens
-        self._page_of: Ints = allocator.layout.pages(ids).cpu().numpy()
-        self._length = np.array([len(node.value) // block_tokens for node in nodes], dtype=np.int64)
-        self._start = np.concatenate(([0], np.cumsum(self._length)[:-1]))
+        ids = torch.cat([node.value for node in nodes])[::block_tokens] // block_tokens
+        page_of: Ints = allocator.layout.pages(ids).cpu().numpy()
+        self._length = np.array([len(node.value) // block_tokens for node in nodes] + [0], dtype=np.int64)
+        start = np.concatenate(([0], np.cumsum(self._length[:-1])))
         self.keep = self._length.copy()
-        number = {id(node): index for index, node in enumerate(nodes)}
-        self._children = [[number[id(child)] for child in node.children.values()] for node in nodes]
-        self._is_flat = not any(self._children)
+        self._find_parents(nodes)
 
-        self.left = allocator.used_per_page()
-        cached = np.bincount(self._page_of, minlength=len(self.left))
+        self._num_pages = len(used)
         # Others hold blocks of the remaining pages: no eviction empties those.
-        self._can_go = (cached == self.left) & (self.left > 0)
+        self._can_go = (np.bincount(page_of, minlength=len(used)) == used) & (used > 0)
         # Pairs (page, node), and where in the node the page begins. Neighbouring blocks mostly share both.
-        changes = np.flatnonzero(np.diff(self._page_of, prepend=-1))
-        begins = np.union1d(changes, self._start[self._length > 0])
-        node_of = np.searchsorted(self._start, begins, side="right") - 1
-        pairs, first = np.unique(self._page_of[begins] * len(nodes) + node_of, return_index=True)
+        changes = np.flatnonzero(np.diff(page_of, prepend=-1))
+        begins = np.union1d(changes, start[:-1][self._length[:-1] > 0])
+        node_of = np.searchsorted(start[:-1], begins, side="right") - 1
+        pairs, first = np.unique(page_of[begins] * len(nodes) + node_of, return_index=True)
         wanted = self._can_go[pairs // len(nodes)]
         self._pair_page, self._pair_node = np.divmod(pairs[wanted], len(nodes))
-        self._pair_first = begins[first[wanted]] - self._start[self._pair_node]
+        self._pair_first = begins[first[wanted]] - start[self._pair_node]
         # Equal costs: the least recently used first, then the highest page.
-        age = np.zeros(len(self.left))
+        age = np.zeros(len(used))
         times = np.array([node.last_access_time for node in nodes], dtype=float)
         np.maximum.at(age, self._pair_page, times[self._pair_node])
-        self._rank = np.lexsort((-np.arange(len(self.left)), age)).argsort()
+        self._rank = np.lexsort((-np.arange(len(used)), age)).argsort()
 
-    def choose(self, num_pages: int) -> None:
-        """Cut until so many pages are empty, or no more can be."""
+    def choose(self, num_pages: int) -> list[int]:
+        """Cut until so many pages are empty, or no more can be; returns those that are, highest first."""
         goal = min(num_pages, int(self._can_go.sum()))
-        while (missing := goal - int((self._can_go & (self.left == 0)).sum())) > 0:
-            pages = np.flatnonzero(self._can_go & (self.left > 0))
-            order = np.lexsort((self._rank[pages], self._costs()[pages]))
+        while True:
+            costs = self._costs()
+            emptied = self._can_go & (costs == 0)
+            missing = goal - int(emptied.sum())
+            if missing <= 0:
+                return [int(page) for page in np.flatnonzero(emptied)[::-1]]
+            pages = np.flatnonzero(self._can_go & (costs > 0))
+            order = np.lexsort((self._rank[pages], costs[pages]))
             self._cut(pages[order[: max(1, missing // _ROUND)]])
 
+    def _find_parents(self, nodes: list[Any]) -> None:
+        number = {id(node): index for index, node in enumerate(nodes)}
+        self._parent = np.array([number.get(id(node.parent), len(nodes)) for node in nodes] + [len(nodes)])
+        levels = []
+        level = np.flatnonzero(self._parent[:-1] == len(nodes))
+        while len(level := np.flatnonzero(np.isin(self._parent[:-1], level))):
+            levels.append(level)
+        self._levels = levels  # nodes whose parent is here too, by depth
+
     def _costs(self) -> Ints:
-        """Blocks lost, for each page that would be emptied now."""
-        below = self._below()
-        lost = self.keep[self._pair_node] - self._pair_first
-        costs = np.where(lost > 0, lost + below[self._pair_node], 0)
-        total: Ints = np.bincount(self._pair_page, costs, minlength=len(self.left)).astype(np.int64)
-        return total
+        """Blocks lost, for each page that would be emptied now; 0: it is empty."""
+        lost = np.maximum(self.keep[self._pair_node] - self._pair_first, 0)
+        if self._levels:
+            lost += np.where(lost > 0, self._below()[self._pair_node], 0)
+        costs: Ints = np.bincount(self._pair_page, lost, minlength=self._num_pages).astype(np.int64)
+        return costs
 
     def _below(self) -> Ints:
         """Blocks of all nodes below each."""
         below = np.zeros_like(self.keep)
-        if not self._is_flat:
-            for index in range(len(self.keep) - 1, -1, -1):
-                below[index] = sum(self.keep[child] + below[child] for child in self._children[index])
+        for level in reversed(self._levels):
+            np.add.at(below, self._parent[level], self.keep[level] + below[level])
         return below
 
     def _cut(self, pages: Ints) -> None:
         """Every node loses what it has from its first block on these pages on."""
-        here = np.isin(self._pair_page, pages)
-        keep = self.keep.copy()
-        np.minimum.at(keep, self._pair_node[here], self._pair_first[here])
-        if not self._is_flat:
-            for index, children in enumerate(self._children):
-                if children and keep[index] < self._length[index]:
-                    keep[children] = 0
-        lost = self.keep - keep
-        nodes = np.flatnonzero(lost)
-        sizes = lost[nodes]
-        # Positions [keep, old keep) of each of these nodes, one after the other.
-        begins = np.repeat(
-            self._start[nodes] + keep[nodes] - np.concatenate(([0], np.cumsum(sizes)[:-1])), sizes
-        )
-        gone = self._page_of[begins + np.arange(int(sizes.sum()))]
-        self.left -= np.bincount(gone, minlength=len(self.left))
-        self.keep = keep
+        chosen = np.zeros(self._num_pages, dtype=bool)
+        chosen[pages] = True
+        here = chosen[self._pair_page]
+        np.minimum.at(self.keep, self._pair_node[here], self._pair_first[here])
+        for level in self._levels:
+            parent = self._parent[level]
+            self.keep[level[self.keep[parent] < self._length[parent]]] = 0
 
 
 def _carry_out(tree: Any, allocator: ElasticAllocator, nodes: list[Any], keep: Ints) -> int:

@@ -50,6 +50,7 @@ def bind(scheduler: Any) -> RuntimeFacts:
     ceiling = granules(pool.vmm.size_bytes)
     floor = min(floor, ceiling)
     memory.owner.set_quota(floor, ceiling)
+    point.allocator.rehearse()
     memory.device.trim()
     memory.overhead.settle(0)
     asleep = memory.owner.held(Kind.OVERHEAD)

@@ -132,9 +132,12 @@ class ElasticBlocks:
         )
         return per_page
 
-    def empty_pages(self) -> list[int]:
-        """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back."""
-        used = self.used_per_page()
+    def empty_pages(self, used: npt.NDArray[np.int64] | None = None) -> list[int]:
+        """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back.
+
+        ``used``: what ``used_per_page`` has just said.
+        """
+        used = self.used_per_page() if used is None else used
         return [p for p in sorted(self.elastic.pages.mapped_pages, reverse=True) if used[p] == 0]
 
     def drop_pages(self, pages: Iterable[int]) -> int:
@@ -150,6 +153,17 @@ class ElasticBlocks:
         self.free_pages = self.free_pages[keep[self.layout.pages(self.free_pages)]]
         self._mark_usable(self.elastic.shrink([range(p, p + 1) for p in chosen]), False)
         return len(chosen)
+
+    def rehearse(self) -> None:
+        """Grow by a page and give it back, if there is one.
+
+        A card loads a kernel when it is first used: 50 to 90 ms in all, for which a neighbour that needs memory, or the
+        first request after a wake, would wait.
+        """
+        ranges = self.elastic.grow_up_to(1)
+        self.add_blocks(ranges)
+        new = {blocks.start // self.elastic.pages.blocks_per_page for blocks in ranges}
+        self.drop_pages(page for page in self.empty_pages() if page in new)
 
     def drop_all(self) -> None:
         """Sleep: no block is usable any more. Only when nothing is used."""

@@ -183,6 +183,22 @@ def fill(ledger: Ledger) -> None:
     assert join(ledger, "rest").try_reserve(Kind.OVERHEAD, ledger.totals().free)
 
 
+def test_who_waits_is_rung_when_something_comes_free(ledger: Ledger, tmp_path: Path) -> None:
+    bell = doorbell.Doorbell(str(tmp_path / "bell"))
+    victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=20, bell=bell.path)
+    assert victim.try_reserve(Kind.KV, 100)
+    victim.release(Kind.KV, 1)
+    assert not bell.drain()  # nobody had asked
+    asker.post_targets(20, 60.0)
+    for _ in range(2):  # each part is news: the first pages are mapped while others are unmapped
+        victim.release(Kind.KV, 10)
+        assert bell.wait(60)
+    assert asker.try_reserve(Kind.KV, 20)
+    victim.release(Kind.KV, 4)
+    assert not bell.drain()  # it has what it asked for
+    bell.close()
+
+
 def test_a_target_is_posted_rung_and_answered(ledger: Ledger, tmp_path: Path) -> None:
     bell = doorbell.Doorbell(str(tmp_path / "bell"))
     victim = join(ledger, "victim", bell=bell.path)

@@ -26,9 +26,17 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 def give_back(elastic: Elastic, pages: int) -> int:
-    lost = evict_pages(elastic.tree, elastic.allocator, pages)
-    elastic.allocator.check()
+    lost = evict(elastic, pages)
     assert elastic.tree.evictable_size() == elastic.tree.total_size()
+    return lost
+
+
+def evict(elastic: Elastic, pages: int) -> int:
+    """Tokens lost. What is said to be empty afterwards is, and is all that is new."""
+    before = elastic.allocator.empty_pages()
+    lost, emptied = evict_pages(elastic.tree, elastic.allocator, elastic.allocator.used_per_page(), pages)
+    elastic.allocator.check()
+    assert emptied == [page for page in elastic.allocator.empty_pages() if page not in before]
     return lost
 
 
@@ -51,8 +59,7 @@ def test_what_running_requests_hold_stays(elastic: Elastic) -> None:
     elastic.cache(prompt(2, 320))
     held = elastic.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt(1, 320)))))
     elastic.tree.inc_lock_ref(held.last_device_node)
-    evict_pages(elastic.tree, elastic.allocator, 30)
-    elastic.allocator.check()
+    evict(elastic, 30)
     assert elastic.cached(prompt(1, 320)) == 320
     # What shares a page with a held token cannot free it, so it is kept.
     assert elastic.cached(prompt(2, 320)) < 64
@@ -135,11 +142,10 @@ def test_random_trees_lose_whole_pages_and_nothing_that_is_held(elastic: Elastic
     for goal in (1, 2, 5, 30):
         empty = len(elastic.allocator.empty_pages())
         total = elastic.tree.total_size()
-        lost = evict_pages(elastic.tree, elastic.allocator, goal)
+        lost = evict(elastic, goal)
         gained = len(elastic.allocator.empty_pages()) - empty
-        elastic.allocator.check()
         assert elastic.tree.total_size() == total - lost
         assert (lost > 0) == (gained > 0)
         assert all(elastic.cached(ids) == len(ids) for ids in held)
     # Nothing more can come free: every page left holds a token that is held, or block 0.
-    assert evict_pages(elastic.tree, elastic.allocator, 1) == 0
+    assert evict(elastic, 1) == 0

@@ -124,6 +124,29 @@ def test_random_work_against_a_set(elastic: Elastic) -> None:
         assert elastic.allocator.used_blocks() * block == len(model)
 
 
+@pytest.mark.parametrize("pages", [0, 3])
+def test_a_rehearsal_leaves_everything_as_it_was(
+    elastic: Elastic, pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elastic.grow(pages)
+    before = elastic.allocator.available_size()
+    unmapped: list[range] = []
+    shrink = elastic.pool.shrink
+    monkeypatch.setattr(elastic.pool, "shrink", lambda runs: (unmapped.extend(runs), shrink(runs))[1])
+    elastic.allocator.rehearse()
+    elastic.allocator.check()
+    assert elastic.allocator.available_size() == before
+    assert unmapped == [range(pages + 1, pages + 2)]  # one page more was there for a while
+
+
+def test_a_rehearsal_with_nothing_to_be_had(elastic: Elastic) -> None:
+    elastic.grow(elastic.pool.pages.num_pages - 1)
+    before = elastic.pool.mapped_bytes
+    elastic.allocator.rehearse()
+    elastic.allocator.check()
+    assert elastic.pool.mapped_bytes == before
+
+
 def test_growing_by_nothing_costs_nothing(elastic: Elastic) -> None:
     """An engine that has all it may have asks for more at every turn."""
     elastic.grow(2)
