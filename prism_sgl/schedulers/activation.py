@@ -38,7 +38,7 @@ from prism_sgl.schedulers.records import (
 )
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
-from prism_sgl.schedulers.room import Need, RoomMaker
+from prism_sgl.schedulers.room import Asker, Need, RoomMaker
 from prism_sgl.schedulers.supervisor import SupervisorDesk
 from prism_sgl.units import show_size
 
@@ -200,10 +200,10 @@ class Activation:
             need.size_bytes >= seen.too_much.get((need.device.name, want.urgent), math.inf) for need in needs
         ):
             return  # less than this was not to be had a moment ago, and who asked came first
-        rooms = self._rooms.find(needs, seen.pictures, seen.now, urgent=want.urgent, waits_since=want.since)
-        self._look_at = min(self._look_at, *(room.look_at for room in rooms))
-        if rooms[-1].verdict is Verdict.BLOCKED:
-            lacking = needs[len(rooms) - 1]
+        rooms = self._rooms.find(needs, Asker(want.urgent, want.since, seen.now), seen.pictures)
+        self._look_at = min(self._look_at, *(room.look_at for room in rooms.values()))
+        lacking, last = list(rooms.items())[-1]
+        if last.verdict is Verdict.BLOCKED:
             if want.urgent:
                 again_at = self._mover.seek(
                     lacking.model, lacking.size_bytes, seen.pictures, self.waited_for, seen.now
@@ -213,12 +213,12 @@ class Activation:
                 seen.blocked.update(need.device.name for need in needs)
             seen.too_much[lacking.device.name, want.urgent] = lacking.size_bytes
             return
-        if all(room.verdict is Verdict.NOW for room in rooms):
+        if all(room.verdict is Verdict.NOW for room in rooms.values()):
             del self._wants[model.name]
             for need in needs:
                 self._activate(need, want, seen)
         else:
-            for need, room in zip(needs, rooms, strict=True):
+            for need, room in rooms.items():
                 want.devices[need.model.name] = need.device.name
                 self._rooms.take(room, need, seen.now)
         for need in needs:

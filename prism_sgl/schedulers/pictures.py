@@ -125,6 +125,7 @@ class Pictures:
                 priority=runtime.model.config.priority,
                 awake_since=max(each.awake_since for each in runtime.together),
                 idle_since=max(each.idle_since for each in runtime.together),
+                num_devices=len(runtime.together),
             )
             for runtime in device.residents.values()
             if runtime.state is AWAKE
@@ -159,7 +160,7 @@ class Pictures:
 
     def undo(self, claims: dict[str, Tally]) -> None:
         """Forget what was claimed since."""
-        self._tallies = claims
+        self._tallies = {name: replace(tally) for name, tally in claims.items()}
 
     def place(self, device: Device) -> Place:
         if (known := self._places.get(device.name)) is not None:

@@ -25,13 +25,22 @@ from prism_sgl.units import show_size
 _KV_WANTED_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Need:
     """What a model, or one part of it, must have on a device to be awake there."""
 
     model: Model
     device: Device
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Asker:
+    """How pressing it is."""
+
+    urgent: bool
+    waits_since: float
+    now: float
 
 
 class RoomMaker:
@@ -59,33 +68,46 @@ class RoomMaker:
 
     # ------------------------------------------------------------ for who wants to be awake
 
-    def find(
-        self, needs: Sequence[Need], pictures: Pictures, now: float, *, urgent: bool, waits_since: float
-    ) -> list[Room]:
+    def find(self, needs: Sequence[Need], asker: Asker, pictures: Pictures) -> dict[Need, Room]:
         """A room for each need, claimed; or nothing is claimed, and the last one says where it is blocked."""
-        before = pictures.claims() if len(needs) > 1 else {}
-        going: set[str] = set()
-        rooms: list[Room] = []
+        if len(needs) == 1:
+            return {needs[0]: self._find(needs[0], asker, pictures, set())}
+        before = pictures.claims()
+        # Who gives on several devices is sought first: beside it others need not give.
+        alone: dict[Need, Room] = {}
         for need in needs:
-            residents = pictures.residents(need.device)
-            if going:
-                residents = [resident for resident in residents if resident.model not in going]
-            tally = pictures.tally(need.device)
-            room = find_room(
-                need.size_bytes, tally, residents, now, self._limits, urgent=urgent, waits_since=waits_since
-            )
-            rooms.append(room)
-            if room.verdict is Verdict.BLOCKED:
-                if len(needs) > 1:
-                    pictures.undo(before)
+            alone[need] = self._find(need, asker, pictures, set())
+            pictures.undo(before)
+        going: set[str] = set()
+        rooms: dict[Need, Room] = {}
+        for need in sorted(needs, key=lambda need: not _has_parts(alone[need], need)):
+            rooms[need] = self._find(need, asker, pictures, going)
+            if rooms[need].verdict is Verdict.BLOCKED:
+                pictures.undo(before)
                 break
-            for victim in (*room.sleep, *room.drain):
-                for sibling in need.device.residents[victim].together[1:]:
-                    going.add(sibling.model.name)
-                    if sibling.state is AWAKE:
-                        there = pictures.tally(self._fleet.devices[sibling.device or ""])
-                        there.coming_bytes += pictures.gives_bytes(sibling)
         return rooms
+
+    def _find(self, need: Need, asker: Asker, pictures: Pictures, going: set[str]) -> Room:
+        """``going``: parts that give because others of their model do."""
+        residents = pictures.residents(need.device)
+        if going:
+            residents = [resident for resident in residents if resident.model not in going]
+        room = find_room(
+            need.size_bytes,
+            pictures.tally(need.device),
+            residents,
+            asker.now,
+            self._limits,
+            urgent=asker.urgent,
+            waits_since=asker.waits_since,
+        )
+        for victim in (*room.sleep, *room.drain):
+            for sibling in need.device.residents[victim].together[1:]:
+                going.add(sibling.model.name)
+                if sibling.state is AWAKE:
+                    there = pictures.tally(self._fleet.devices[sibling.device or ""])
+                    there.coming_bytes += pictures.gives_bytes(sibling)
+        return room
 
     def take(self, room: Room, need: Need, now: float) -> None:
         """Its victims begin to give."""
@@ -163,3 +185,8 @@ class RoomMaker:
             self._lifecycle.give_way(device.residents[name], now, f"{device.name} promised more than it has")
         pictures.changed(device.name)
         return room.look_at
+
+
+def _has_parts(room: Room, need: Need) -> bool:
+    victims = (need.device.residents[name].model for name in (*room.sleep, *room.drain))
+    return any(model.siblings for model in victims)
