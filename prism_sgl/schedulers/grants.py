@@ -101,13 +101,17 @@ class Granter:
                 self._grant_all(device, now)
 
     def _grant_all(self, device: Device, now: float) -> None:
+        order = self._orders[device.name]
+        held_before = set(order.held_back)
         while (request := self._next(device, now)) is not None:
             self._grant(device.residents[request.model], request, now)
-        linked = self._fleet.linked[device.name]
-        for name in linked:
-            waits = any(name in self._orders[other].held_back for other in linked)
-            missing_bytes = max(self._missing_bytes(self._fleet.devices[name]), 1 if waits else 0)
-            self._shortages[name] = Shortage(missing_bytes, waits)
+        if changed := (held_before ^ order.held_back) - {device.name}:
+            self._open.update(dict.fromkeys(sorted(changed)))  # theirs is another shortage now
+        waits = any(
+            device.name in self._orders[linked].held_back for linked in self._fleet.linked[device.name]
+        )
+        missing_bytes = max(self._missing_bytes(device), 1 if waits else 0)
+        self._shortages[device.name] = Shortage(missing_bytes, waits)
 
     def _missing_bytes(self, device: Device) -> int:
         """Of what those in flight may take at their height, the part that neither floors nor free memory give."""
@@ -250,6 +254,7 @@ class Granter:
         request.ahead_us = self._table.needed_us(runtime.id)
         devices = tuple(each.device for each in runtime.together if each.device)
         self._table.grant(request, runtime.id, devices, now)
+        self._open.update(dict.fromkeys(devices[1:]))
         runtime.served = True
         model.rate.add(request.prompt_tokens, now)
         activation_s = min(now, runtime.awake_since) - max(request.arrival, model.activating_since)
