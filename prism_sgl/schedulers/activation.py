@@ -190,7 +190,7 @@ class Activation:
         starts = any(part.runtime.state is not ASLEEP for part in parts)
         if starts and self._fleet.num_starting >= self._limits.start_parallel:
             return  # the end of a start is a move, which leads here again
-        if any(part.runtime.state in (DRAINING, STOPPING) for part in model.siblings):
+        if any(part.runtime.state in (DRAINING, STOPPING) for part in model.parts):
             return  # as the end of those is
         needs = self._needs(parts, want, seen)
         if not needs:
