@@ -46,7 +46,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[ModelSpec], int, int]:
     return models, devices, least_mib + int(more_awake * (AWAKE_MIB - ASLEEP_MIB))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(made=fleets(), seed=st.integers(0, 2**32))
 def test_every_request_is_answered_within_a_bound(made: tuple[list[ModelSpec], int, int], seed: int) -> None:
     models, devices, device_mib = made
