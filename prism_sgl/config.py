@@ -81,6 +81,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     devices: tuple[str, ...] = ()  # names it may be placed on; none: any
     engine_args: dict[str, object] = {}
     env: dict[str, str] = {}
+    # The model whose requests it computes too, on one more device. Replays only: engines have one device each.
+    part_of: str = ""
     # Read from the model's own files (model_files.py), 0 where they tell nothing:
     weights_bytes: int = 0
     kv_bytes_per_token: int = 0
@@ -230,7 +232,7 @@ def _models(root: Table) -> dict[str, ModelConfig]:
 
 # Not keys of the file: the table's name, and what model_files.py reads.
 _CUDA_PAGE_BYTES = 128 << 20
-_NOT_KEYS = frozenset({"name", "weights", "kv_bytes_per_token", "context_tokens"})
+_NOT_KEYS = frozenset({"name", "part_of", "weights", "kv_bytes_per_token", "context_tokens"})
 _SLO_KEYS = ("ttft_ms", "tpot_ms")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

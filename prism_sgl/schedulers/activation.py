@@ -1,44 +1,58 @@
-"""Which models shall be awake, and the room that is made for them.
+"""Which models shall be awake, and when each is woken or started.
 
 A *want* is a model that shall be awake and is not. Wants are served in a fixed order (requests before preloads,
 then who wants longest), and one that waits for memory claims what is free or coming on its device before the
 next one is looked at; so a small model cannot for ever take the bytes that a big one waits for.
+
+A model over several devices has one want, with one age, as long as any of its parts shall be awake and is not. They
+are woken together, when all have their room (room.py); one whose turn is due keeps all its devices for itself. So of
+models that share devices the one that has waited longest is served first on all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prism_sgl.config import Config
 from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.admin import AdminDesk
 from prism_sgl.schedulers.fleet import Fleet
-from prism_sgl.schedulers.grants import Shortage
 from prism_sgl.schedulers.lifecycle import Lifecycle
-from prism_sgl.schedulers.memory_plan import Room, Verdict, find_room, idle_victim_at, kv_victims
+from prism_sgl.schedulers.memory_plan import Verdict, idle_victim_at
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.pictures import Pictures, demand, is_busy
 from prism_sgl.schedulers.placement import Choice
-from prism_sgl.schedulers.records import ASLEEP, AWAKE, COLD, DRAINING, FAILED, Device, Model, Role, Runtime
+from prism_sgl.schedulers.records import (
+    ASLEEP,
+    AWAKE,
+    COLD,
+    DRAINING,
+    FAILED,
+    STOPPING,
+    Device,
+    Model,
+    Role,
+    Runtime,
+)
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
+from prism_sgl.schedulers.room import Asker, Need, RoomMaker
 from prism_sgl.schedulers.supervisor import SupervisorDesk
 from prism_sgl.units import show_size
 
-# A runtime that takes more KV than it gets for this long has a lasting need, not a burst.
-_KV_WANTED_S = 1.0
 # After so many wakes that found no memory where the account says there is some, idle neighbours give theirs.
 _SHORTAGES = 2
 _NO_ROOM_RETRY_S = 60.0
+_DOWN = frozenset({COLD, FAILED, ASLEEP})
 
 
 @dataclass
 class _Want:
     since: float
     urgent: bool  # a request or an operator waits for it
-    device: str | None = None  # where room is being made for it
+    devices: dict[str, str] = field(default_factory=dict)  # where room is being made for each of its parts
 
 
 @dataclass
@@ -65,6 +79,7 @@ class Activation:
         supervisor: SupervisorDesk,
         admin: AdminDesk,
         mover: Mover,
+        rooms: RoomMaker,
     ) -> None:
         self._limits = config.scheduler
         self._fleet = fleet
@@ -74,24 +89,24 @@ class Activation:
         self._supervisor = supervisor
         self._admin = admin
         self._mover = mover
-        self._wants: dict[str, _Want] = {}
+        self._rooms = rooms
+        self._wants: dict[str, _Want] = {}  # by lead
         self._retries: dict[str, float] = {}  # models that could not load, and when they are tried again
-        self._turns: dict[str, str] = {}  # model that drains -> model that it drains for
         self._look_at = math.inf
-        self._short: dict[str, Shortage] = {}  # devices that lack KV
-        self._kv_look_at = math.inf
         self._dirty = False
         self._moves_seen = 0
 
     @property
     def next_at(self) -> float:
         """When time alone may change something."""
-        return min(self._look_at, self._kv_look_at, min(self._retries.values(), default=math.inf))
+        return min(self._look_at, self._rooms.next_at, min(self._retries.values(), default=math.inf))
 
     def waited_for(self) -> set[str]:
         """Devices where somebody waits for memory."""
         devices = (
-            self._fleet.models[name].runtime.device or want.device for name, want in self._wants.items()
+            part.runtime.device or want.devices.get(part.name)
+            for name, want in self._wants.items()
+            for part in _down(self._fleet.models[name])
         )
         return {device for device in devices if device is not None}
 
@@ -106,7 +121,8 @@ class Activation:
         for model in cold:
             model.start_wanted = True
             self.consider(model, now)
-            self._wants[model.name].device = spread[model.name].device
+            if (device := spread[model.name].device) is not None:
+                self._wants[model.lead.name].devices[model.name] = device
 
     def consider(self, model: Model, now: float) -> None:
         """Something about this model has changed: does it want to be awake?"""
@@ -117,24 +133,31 @@ class Activation:
                 model.start_wanted = True
         else:
             self._retries.pop(model.name, None)
+        lead = model.lead
         urgent = (
-            bool(self._table.queued(model.name))
-            or self._admin.wants_awake(model)
-            or self._lifecycle.is_set_aside(model.runtime)
+            bool(self._table.queued(lead.name))
+            or self._admin.wants_awake(lead)
+            or self._lifecycle.is_set_aside(lead.runtime)
         )
-        wanted = (urgent and state is ASLEEP) or ((urgent or model.start_wanted) and state in (COLD, FAILED))
-        want = self._wants.get(model.name)
+        wanted = any(
+            urgent or (part.start_wanted and part.runtime.state is not ASLEEP) for part in _down(lead)
+        )
+        want = self._wants.get(lead.name)
         if not wanted:
             if want is not None:
-                del self._wants[model.name]
+                del self._wants[lead.name]
                 self._dirty = True
         elif want is None:
-            self._wants[model.name] = _Want(now, urgent)
+            self._wants[lead.name] = _Want(now, urgent)
             self._dirty = True
         elif want.urgent != urgent:
             # Turns are counted from when somebody waits, not from when a preload began to want.
             want.since, want.urgent, self._dirty = now, urgent, True
-        if state is AWAKE and (self._wants or self._turns) and not is_busy(model.runtime, self._table):
+        if (
+            state is AWAKE
+            and (self._wants or self._rooms.has_turns)
+            and not is_busy(model.runtime, self._table)
+        ):
             self._dirty = True
 
     def run(self, now: float) -> None:
@@ -150,56 +173,69 @@ class Activation:
         seen = _Pass(Pictures(self._fleet, self._table, now, self._limits.sleep_after_s), now)
         for device in self._fleet.devices.values():
             if device.free_bytes < 0:
-                self._settle_excess(device, seen)
+                self._look_at = min(self._look_at, self._rooms.settle_excess(device, seen.pictures, now))
         ordered = sorted(self._wants.items(), key=lambda w: (not w[1].urgent, w[1].since))
         for name, want in ordered:
             self._serve(self._fleet.models[name], want, seen)
         self._mover.make_room(seen.pictures, now)
         if self._limits.spares and not self._wants:
             self._mover.start_spare(seen.pictures, now)
-        self._follow_turns(now)
+        self._look_at = min(self._look_at, self._rooms.follow_turns(self._wants, now))
 
     def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:
-        if seen.now < model.not_before:
-            self._look_at = min(self._look_at, model.not_before)
+        parts = _down(model)
+        if seen.now < (not_before := max(part.not_before for part in parts)):
+            self._look_at = min(self._look_at, not_before)
             return
-        start = model.runtime.state is not ASLEEP
-        if start and self._fleet.num_starting >= self._limits.start_parallel:
+        starts = any(part.runtime.state is not ASLEEP for part in parts)
+        if starts and self._fleet.num_starting >= self._limits.start_parallel:
             return  # the end of a start is a move, which leads here again
-        device = self._device_for(model, want, seen)
-        if device is None or device.name in seen.blocked:
+        if any(part.runtime.state in (DRAINING, STOPPING) for part in model.parts):
+            return  # as the end of those is
+        needs = self._needs(parts, want, seen)
+        if not needs:
             return
-        needed_bytes = self._fleet.mapped_bytes(model) - model.runtime.charged_bytes
         overdue = want.urgent and seen.now >= want.since + self._limits.max_wait_s
-        if not overdue and needed_bytes >= seen.too_much.get((device.name, want.urgent), math.inf):
+        if not overdue and any(
+            need.size_bytes >= seen.too_much.get((need.device.name, want.urgent), math.inf) for need in needs
+        ):
             return  # less than this was not to be had a moment ago, and who asked came first
-        room = find_room(
-            needed_bytes,
-            seen.pictures.tally(device),
-            seen.pictures.residents(device),
-            seen.now,
-            self._limits,
-            urgent=want.urgent,
-            waits_since=want.since,
-        )
-        self._look_at = min(self._look_at, room.look_at)
-        if room.verdict is Verdict.BLOCKED:
+        rooms = self._rooms.find(needs, Asker(want.urgent, want.since, seen.now), seen.pictures)
+        self._look_at = min(self._look_at, *(room.look_at for room in rooms.values()))
+        lacking, last = list(rooms.items())[-1]
+        if last.verdict is Verdict.BLOCKED:
             if want.urgent:
-                again_at = self._mover.seek(model, needed_bytes, seen.pictures, self.waited_for, seen.now)
+                again_at = self._mover.seek(
+                    lacking.model, lacking.size_bytes, seen.pictures, self.waited_for, seen.now
+                )
                 self._look_at = min(self._look_at, again_at)
-            if overdue:
-                seen.blocked.add(device.name)  # its turn is due: nobody behind it takes what comes free
-            seen.too_much[device.name, want.urgent] = needed_bytes
+            if overdue:  # its turn is due: nobody behind it takes what comes free
+                seen.blocked.update(need.device.name for need in needs)
+            seen.too_much[lacking.device.name, want.urgent] = lacking.size_bytes
             return
-        if room.verdict is Verdict.NOW:
-            self._activate(model, want, device, seen)
+        if all(room.verdict is Verdict.NOW for room in rooms.values()):
+            del self._wants[model.name]
+            for need in needs:
+                self._activate(need, want, seen)
         else:
-            want.device = device.name
-            self._take(room, device, model, needed_bytes, seen.now)
-        seen.pictures.changed(device.name)
+            for need, room in rooms.items():
+                want.devices[need.model.name] = need.device.name
+                self._rooms.take(room, need, seen.now)
+        for need in needs:
+            seen.pictures.changed(need.device.name)
 
-    def _activate(self, model: Model, want: _Want, device: Device, seen: _Pass) -> None:
-        del self._wants[model.name]
+    def _needs(self, parts: Sequence[Model], want: _Want, seen: _Pass) -> list[Need]:
+        """Of each part; none if one of them can be awake nowhere now, or where another's turn is due."""
+        needs = []
+        for part in parts:
+            device = self._device_for(part, want, seen)
+            if device is None or device.name in seen.blocked:
+                return []
+            needs.append(Need(part, device, self._fleet.mapped_bytes(part) - part.runtime.charged_bytes))
+        return needs
+
+    def _activate(self, need: Need, want: _Want, seen: _Pass) -> None:
+        model, device = need.model, need.device
         why = "a request waits" if want.urgent else "shall be up"
         if model.runtime.state is not ASLEEP:
             self._lifecycle.start(model, device, seen.now, why)
@@ -212,88 +248,8 @@ class Activation:
                 self._lifecycle.give_way(
                     device.residents[victim.model], seen.now, f"{model.name} finds no memory on {device.name}"
                 )
+                seen.pictures.changed(device.name)
         self._lifecycle.wake(model.runtime, seen.now, why)
-
-    def _take(self, room: Room, device: Device, wanting: Model, needed_bytes: int, now: float) -> None:
-        wish = f"{wanting.name} wants {show_size(needed_bytes)}"
-        for name in room.sleep:
-            idle_s = now - device.residents[name].idle_since
-            self._lifecycle.give_way(device.residents[name], now, f"idle {idle_s:.0f} s, {wish}")
-        for name in room.drain:
-            runtime = device.residents[name]
-            if runtime.role is Role.HOME:
-                self._turns[name] = wanting.name
-            # Its answers have as long to end as the other has waited; then they wait for its next turn.
-            preempt_at = now + self._limits.max_wait_s
-            self._lifecycle.give_way(runtime, now, f"{wish} and has waited its time", preempt_at=preempt_at)
-
-    def _follow_turns(self, now: float) -> None:
-        for victim, wanting in list(self._turns.items()):
-            model = self._fleet.models[victim]
-            runtime = model.runtime
-            if runtime.state is not DRAINING or runtime.sleep_sent_at is not None:
-                del self._turns[victim]
-            elif wanting not in self._wants:
-                del self._turns[victim]
-                self._lifecycle.call_off_drain(runtime, now)
-            elif now >= runtime.preempt_at:
-                self._lifecycle.settle(model, now)
-            else:
-                self._look_at = min(self._look_at, runtime.preempt_at)
-
-    # ------------------------------------------------------------ memory of others
-
-    def kv_wanted(self, runtime: Runtime, now: float) -> None:
-        """An engine says that it takes more KV than it gets: one neighbour after the other gives."""
-        lasts = runtime.wanted_since is not None and now - runtime.wanted_since > _KV_WANTED_S
-        if lasts and runtime.device is not None:
-            self._make_kv_room(runtime.device, Shortage(1, waits=True), now)
-
-    def make_kv_room(self, changed: Mapping[str, Shortage], now: float) -> None:
-        """Idle models sleep where requests in flight will want more KV than there is, or others wait for it."""
-        for name, shortage in changed.items():
-            if shortage.missing_bytes > 0:
-                self._short[name] = shortage
-            else:
-                self._short.pop(name, None)
-        if now >= self._kv_look_at:
-            due, self._kv_look_at = list(self._short), math.inf
-        else:
-            due = [name for name in changed if name in self._short]
-        for name in due:
-            self._make_kv_room(name, self._short[name], now)
-
-    def _make_kv_room(self, name: str, shortage: Shortage, now: float) -> None:
-        device = self._fleet.devices[name]
-        pictures = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s)
-        missing_bytes = shortage.missing_bytes - pictures.tally(device).coming_bytes
-        victims, look_at = kv_victims(
-            missing_bytes, pictures.residents(device), now, self._limits, waits=shortage.waits
-        )
-        self._kv_look_at = min(self._kv_look_at, look_at)
-        for victim in victims:
-            why = f"idle {now - victim.idle_since:.0f} s, {name} wants KV"
-            self._lifecycle.give_way(device.residents[victim.model], now, why)
-
-    def _settle_excess(self, device: Device, seen: _Pass) -> None:
-        """Facts turned out larger than the files told: idle models give until the account is even."""
-        if any(r.adopted and not r.known for r in device.residents.values()):
-            return  # charged as if awake until its Hello, so the excess may be none
-        room = find_room(
-            0,
-            seen.pictures.tally(device),
-            seen.pictures.residents(device),
-            seen.now,
-            self._limits,
-            urgent=True,
-            waits_since=math.inf,
-        )
-        self._look_at = min(self._look_at, room.look_at)
-        for name in room.sleep:
-            self._lifecycle.give_way(
-                device.residents[name], seen.now, f"{device.name} promised more than it has"
-            )
-        seen.pictures.changed(device.name)
 
     # ------------------------------------------------------------ where
 
@@ -301,7 +257,7 @@ class Activation:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
         if model.runtime.state is ASLEEP and (spare := model.spare) is not None and spare.is_spare:
             self._wake_where_best(model, spare, seen)
-        here = model.runtime.device or want.device
+        here = model.runtime.device or want.devices.get(model.name)
         taken = {runtime.device for runtime in model.runtimes}
         if here is not None and here in model.devices and here not in (taken - {model.runtime.device}):
             device = self._fleet.devices[here]
@@ -337,11 +293,13 @@ class Activation:
 
     def _give_up(self, model: Model, reason: str, now: float) -> None:
         """It would not fit if everybody else slept."""
-        del self._wants[model.name]
-        model.start_wanted, model.reason = False, reason
+        lead = model.lead
+        del self._wants[lead.name]
+        for part in lead.parts:
+            part.start_wanted, part.reason = False, reason
         self._fleet.note(f"{model.name}: cannot be awake ({reason})")
-        self._admin.fail(model, reason)
-        self._desk.refuse_all(model, "no_room", reason, _NO_ROOM_RETRY_S, now)
+        self._admin.fail(lead, reason)
+        self._desk.refuse_all(lead, "no_room", reason, _NO_ROOM_RETRY_S, now)
 
     def kvpr(self, device: Device, now: float) -> float:
         place = Pictures(self._fleet, self._table, now, self._limits.sleep_after_s).place(device)
@@ -349,8 +307,13 @@ class Activation:
 
     def check(self) -> None:
         for name in self._wants:
-            assert self._fleet.models[name].runtime.state in (COLD, FAILED, ASLEEP)
+            assert _down(self._fleet.models[name])
         for name, model in self._fleet.models.items():
             held = self._table.queued(name) or self._table.running(model.runtime.id)
-            waits = held and model.runtime.state in (COLD, FAILED, ASLEEP)
+            waits = held and _down(model)
             assert not waits or name in self._wants, "a request of a sleeping model is wanted by nobody"
+
+
+def _down(model: Model) -> list[Model]:
+    """Its parts that have to be woken or started for it to be awake."""
+    return [part for part in model.parts if part.runtime.state in _DOWN]

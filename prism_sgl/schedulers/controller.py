@@ -4,8 +4,8 @@ The live router and the simulator drive the same Controller; only who supplies `
 seconds) and who carries out the commands differs. Its parts, each owner of one structure: ``Fleet`` (models,
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
 ``Lifecycle`` (commands to supervisor and runtimes), ``SupervisorDesk`` and ``RuntimeDesk`` (what those say),
-``AdminDesk`` (operators' asks), ``Activation`` (who wants to be awake, and whose memory makes room), ``Mover``
-(models on their way to another device), ``Balancer`` (which of them shall move).
+``AdminDesk`` (operators' asks), ``Activation`` (who wants to be awake), ``RoomMaker`` (whose memory makes room),
+``Mover`` (models on their way to another device), ``Balancer`` (which of them shall move).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
@@ -61,6 +61,7 @@ from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.moves import Mover
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
+from prism_sgl.schedulers.room import RoomMaker
 from prism_sgl.schedulers.runtimes import RuntimeDesk
 from prism_sgl.schedulers.supervisor import SupervisorDesk
 
@@ -96,6 +97,7 @@ class Controller:
         self._runtimes = RuntimeDesk(self._fleet, self._table, self._desk, self._lifecycle, self._supervisor)
         self._mover = Mover(config.scheduler, self._fleet, self._lifecycle)
         self._admin = AdminDesk(self._fleet, self._table, self._lifecycle, self._mover, self._out)
+        self._rooms = RoomMaker(config.scheduler, self._fleet, self._table, self._lifecycle)
         self._activation = Activation(
             config,
             self._fleet,
@@ -105,6 +107,7 @@ class Controller:
             self._supervisor,
             self._admin,
             self._mover,
+            self._rooms,
         )
         self._balancer = Balancer(
             config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
@@ -201,7 +204,7 @@ class Controller:
                 self._runtimes.wake_failed(runtime, message, now)
             case Load():
                 self._runtimes.load(runtime, message, now)
-                self._activation.kv_wanted(runtime, now)
+                self._rooms.kv_wanted(runtime, now)
 
     def _from_supervisor(self, message: SupervisorToRouter, now: float) -> None:
         match message:
@@ -242,6 +245,6 @@ class Controller:
             if self._fleet.changed:
                 continue
             self._granter.run(now)
-            self._activation.make_kv_room(self._granter.take_shortages(), now)
+            self._rooms.make_kv_room(self._granter.take_shortages(), now)
             if not self._fleet.changed:
                 break

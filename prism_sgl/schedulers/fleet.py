@@ -46,7 +46,7 @@ class Fleet:
     Invariants: a runtime has an id and a device exactly while it may have a process; the charge of a device is
     the sum of its residents' charges; every state was reached by legal moves, except that of an adopted runtime,
     which its Hello tells. A model has one home, one incoming runtime at most, and never two runtimes on a device;
-    what is not its home has a process.
+    what is not its home has a process. Each part of a model over several devices has a home only.
     """
 
     def __init__(self, config: Config) -> None:
@@ -59,6 +59,8 @@ class Fleet:
         for model in self.models.values():
             model.rate = TokenRate(config.scheduler.window_s)
             model.load = LoadEstimate(config.scheduler.window_s)
+        self._join_parts()
+        self.linked = self._linked()
         self._by_id: dict[RuntimeId, Runtime] = {}
         self._exited: OrderedDict[RuntimeId, None] = OrderedDict()
         self.events: deque[str] = deque(maxlen=_REMEMBERED_EVENTS)
@@ -66,6 +68,25 @@ class Fleet:
         self.changed: dict[str, None] = {}  # models to be looked at again, in order
         self.num_moves = 0
         self.num_starting = 0
+
+    def _join_parts(self) -> None:
+        for name in {model.config.part_of: None for model in self.models.values() if model.config.part_of}:
+            lead = self.models[name]
+            parts = [lead, *(m for m in self.models.values() if m.config.part_of == name)]
+            devices = {device for part in parts for device in part.devices}
+            assert len(devices) == len(parts) == sum(len(part.devices) for part in parts), "one device a part"
+            for part in parts:
+                part.lead, part.siblings = lead, tuple(p for p in parts if p is not part)
+                part.latency, part.answers = lead.latency, lead.answers
+                part.rate, part.load = lead.rate, lead.load
+
+    def _linked(self) -> dict[str, tuple[str, ...]]:
+        """Of each device, itself and those that share a model of several parts with it."""
+        linked = {name: {name: None} for name in self.devices}
+        for model in self.models.values():
+            for sibling in model.siblings:
+                linked[model.devices[0]][sibling.devices[0]] = None
+        return {name: tuple(others) for name, others in linked.items()}
 
     # ------------------------------------------------------------ reading
 
@@ -269,6 +290,7 @@ class Fleet:
                 assert sum(runtime.role is role for runtime in model.others) <= 1
             devices = [runtime.device for runtime in model.runtimes if runtime.device is not None]
             assert len(devices) == len(set(devices)), f"{model.name} is twice on a device"
+            assert not (model.siblings and model.others), "a part stays on its device"
         assert self.leaving == {i: r for i, r in self._by_id.items() if r.role is Role.LEAVING}
         for device in self.devices.values():
             charges = {name: runtime.charged_bytes for name, runtime in device.residents.items()}

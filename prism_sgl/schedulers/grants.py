@@ -6,6 +6,7 @@ those are more; a runtime that has none of them is open all the same, for engine
 that it runs, and ``WINDOW_EXTRA`` more. And nothing is granted that would not fit: what requests in flight hold on
 average against the KV that the model may have. A runtime that has nothing in flight always gets a request. What is
 short of KV, or soon will be, is told by ``take_shortages``, for an engine that is given no request asks for no memory.
+A request of a model over several devices is granted on that of its lead, where all of them have room for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Order:
     made_at: float = 0.0
     size: int = 0
     stale: bool = True
-    held_back: bool = False  # somebody waits for KV alone
+    held_back: set[str] = field(default_factory=set)  # devices whose KV alone somebody waits for
     since_aged: int = dispatch.AGED_EVERY  # grants since the last one of an aged request
 
 
@@ -76,15 +77,16 @@ class Granter:
 
     def changed(self, model: Model) -> None:
         """A request was queued, or the model woke: the order of its device is no longer right."""
-        for runtime in model.serving:
+        for runtime in model.lead.serving:
             assert runtime.device is not None
             self._orders[runtime.device].stale = True
             self._open[runtime.device] = None
 
-    def freed(self, device: str | None) -> None:
+    def freed(self, *devices: str | None) -> None:
         """A first token is out, a request is over or a neighbour asleep: there may be room."""
-        if device is not None:
-            self._open[device] = None
+        for device in devices:
+            if device is not None:
+                self._open.update(dict.fromkeys(self._fleet.linked[device]))
 
     def take_shortages(self) -> dict[str, Shortage]:
         """Of each device on which something has changed since the last call; all zero where nothing is missing."""
@@ -99,9 +101,15 @@ class Granter:
                 self._grant_all(device, now)
 
     def _grant_all(self, device: Device, now: float) -> None:
+        order = self._orders[device.name]
+        held_before = set(order.held_back)
         while (request := self._next(device, now)) is not None:
             self._grant(device.residents[request.model], request, now)
-        waits = self._orders[device.name].held_back
+        if changed := (held_before ^ order.held_back) - {device.name}:
+            self._open.update(dict.fromkeys(sorted(changed)))  # theirs is another shortage now
+        waits = any(
+            device.name in self._orders[linked].held_back for linked in self._fleet.linked[device.name]
+        )
         missing_bytes = max(self._missing_bytes(device), 1 if waits else 0)
         self._shortages[device.name] = Shortage(missing_bytes, waits)
 
@@ -117,7 +125,7 @@ class Granter:
     def _over_floor_bytes(self, runtime: Runtime, height: float) -> int:
         if (facts := runtime.model.facts) is None:
             return 0
-        tokens = self._table.kv_tokens(runtime.id) * height
+        tokens = self._table.kv_tokens(runtime.head.id) * height
         return max(0, round(tokens * facts.kv_bytes_per_token) - facts.floor_bytes)
 
     def _next(self, device: Device, now: float) -> Request | None:
@@ -135,7 +143,7 @@ class Granter:
             or not any(order.by_model.values())
         ):
             self._make(device, order, now)
-        order.held_back = False
+        order.held_back.clear()
         best: tuple[int, Request] | None = None
         for name, requests in order.by_model.items():
             while requests and requests[0][1].phase is not Phase.QUEUED:
@@ -143,13 +151,13 @@ class Granter:
             if not requests or (best is not None and best[0] < requests[0][0]):
                 continue
             runtime = device.residents.get(name)
-            if runtime is None or (full and not self._has_no_prefill(runtime)):
+            if runtime is None or not self._is_open(runtime):
                 continue
-            if not self._is_open(runtime):
+            if (full or self._is_full_beside(runtime)) and not self._has_no_prefill(runtime):
                 continue
             request = requests[0][1]
-            if not self._fits(runtime, request, device):
-                order.held_back = True
+            if lacking := self._lacking(runtime, request):
+                order.held_back.update(lacking)
             elif not runtime.model.others or not self._is_better_elsewhere(runtime, request):
                 best = requests[0]
         if best is None and order.stale and order.size:
@@ -162,14 +170,13 @@ class Granter:
         """Another runtime of the model has less to do, and may take this request at once."""
         num_running = len(self._table.running(runtime.id))
         for other in runtime.model.serving:
-            device = self._fleet.devices[other.device or ""]
             if (
                 len(self._table.running(other.id)) < num_running
                 and self._is_open(other)
                 and self._has_no_prefill(other)
-                and self._fits(other, request, device)
+                and not self._lacking(other, request)
             ):
-                self._open[device.name] = None
+                self._open[other.device or ""] = None
                 return True
         return False
 
@@ -179,6 +186,10 @@ class Granter:
         return len(self._table.unanswered(name)) >= self._config.prefill_window and self._table.tokens_us(
             name
         ) >= WINDOW_US * self._table.num_computing(device)
+
+    def _is_full_beside(self, runtime: Runtime) -> bool:
+        """Where another part of its model is."""
+        return any(self._is_full(self._fleet.devices[s.devices[0]]) for s in runtime.model.siblings)
 
     def _has_no_prefill(self, runtime: Runtime) -> bool:
         return runtime.id is not None and not self._table.needed_us(runtime.id)
@@ -191,17 +202,23 @@ class Granter:
             and len(self._table.running(runtime.id)) < facts.max_running_requests + WINDOW_EXTRA
         )
 
-    def _fits(self, runtime: Runtime, request: Request, device: Device) -> bool:
+    def _lacking(self, runtime: Runtime, request: Request) -> list[str]:
+        """Devices where its KV does not hold the request."""
+        if not self._table.running(runtime.id):
+            return []
+        return [each.device for each in runtime.together if each.device and not self._fits(each, request)]
+
+    def _fits(self, runtime: Runtime, request: Request) -> bool:
         """The runtime's KV holds it on average: the floor, and what nobody was promised or is expected to take."""
-        facts = runtime.model.facts
-        if facts is None or not self._table.running(runtime.id):
+        facts, device = runtime.model.facts, self._fleet.devices[runtime.device or ""]
+        if facts is None:
             return True
         room_bytes = facts.floor_bytes + max(0, device.free_bytes)
         for other in device.residents.values():
             if other is not runtime and other.mapped:
                 room_bytes -= self._over_floor_bytes(other, 1.0)
         room_bytes = max(facts.floor_bytes, min(room_bytes, facts.ceiling_bytes))
-        tokens = self._table.kv_tokens(runtime.id) + request.kv_tokens
+        tokens = self._table.kv_tokens(runtime.head.id) + request.kv_tokens
         return tokens * facts.kv_bytes_per_token <= room_bytes
 
     def _make(self, device: Device, order: _Order, now: float) -> None:
@@ -235,7 +252,9 @@ class Granter:
         request.needed_us = max(1, round(needed_s * 1e6))
         request.tokens_us = round((needed_s - model.latency.alpha_s) * 1e6)
         request.ahead_us = self._table.needed_us(runtime.id)
-        self._table.grant(request, runtime.id, runtime.device, now)
+        devices = tuple(each.device for each in runtime.together if each.device)
+        self._table.grant(request, runtime.id, devices, now)
+        self._open.update(dict.fromkeys(devices[1:]))
         runtime.served = True
         model.rate.add(request.prompt_tokens, now)
         activation_s = min(now, runtime.awake_since) - max(request.arrival, model.activating_since)

@@ -84,15 +84,18 @@ class Lifecycle:
         keep_weights: bool = False,
         preempt_at: float = math.inf,
     ) -> None:
-        """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is.
+        """No more grants; it sleeps as soon as nothing is in flight, at once if nothing is. So do its other parts.
 
         ``keep_weights`` where neighbours want the room: they take what they need of it (messages.Sleep).
         ``preempt_at``: from then on it sleeps with what is in flight, which goes on when it is awake again.
         """
-        runtime.keep_weights = keep_weights
-        self._fleet.move(runtime, DRAINING, now, why)
-        runtime.preempt_at = preempt_at
-        self._settle_drained(runtime, now)
+        going = [each for each in runtime.together if each is runtime or each.state is AWAKE]
+        for each in going:
+            each.keep_weights = keep_weights
+            self._fleet.move(each, DRAINING, now, why)
+            each.preempt_at = preempt_at
+        for each in going:
+            self._settle_drained(each, now)
 
     def retire(self, runtime: Runtime, now: float, why: str, *, keep: bool = False) -> None:
         """Not the home (any more): it answers what it has in flight, then it is stopped, or sleeps if it is kept."""
@@ -111,12 +114,14 @@ class Lifecycle:
 
     def is_set_aside(self, runtime: Runtime) -> bool:
         """It sleeps with requests that go on when it wakes."""
-        return runtime.state is ASLEEP and bool(self._table.running(runtime.id))
+        is_asleep = any(each.state is ASLEEP for each in runtime.together)
+        return is_asleep and bool(self._table.running(runtime.head.id))
 
     def settle(self, model: Model, now: float) -> None:
         """Follow up what has come to its end at each of its runtimes."""
         for runtime in model.runtimes:
-            self._settle_drained(runtime, now)
+            for each in runtime.together:
+                self._settle_drained(each, now)
 
     def _settle_drained(self, runtime: Runtime, now: float) -> None:
         if runtime.role is Role.SPARE and runtime.state is AWAKE:
@@ -126,7 +131,7 @@ class Lifecycle:
         elif (
             runtime.state is DRAINING
             and runtime.sleep_sent_at is None
-            and (now >= runtime.preempt_at or not self._table.running(runtime.id))
+            and (now >= runtime.preempt_at or not self._table.running(runtime.head.id))
         ):
             self.send_sleep(runtime, now)
 
@@ -157,8 +162,10 @@ class Lifecycle:
 
     def call_off_drain(self, runtime: Runtime, now: float) -> None:
         """The room is no longer wanted. Only before Sleep was sent: that is answered first."""
-        if runtime.state is DRAINING and runtime.sleep_sent_at is None:
-            self._fleet.move(runtime, AWAKE, now, "its memory is no longer wanted")
+        draining = [each for each in runtime.together if each.state is DRAINING]
+        if all(each.sleep_sent_at is None for each in draining):
+            for each in draining:
+                self._fleet.move(each, AWAKE, now, "its memory is no longer wanted")
 
     def send_sleep(self, runtime: Runtime, now: float) -> None:
         assert runtime.id is not None

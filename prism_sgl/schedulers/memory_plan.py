@@ -7,7 +7,8 @@ Rules, from cheap to dear (a waiting request is worth more than an idle model, n
 2. a model idle for ``sleep_after_s``, longest idle first (Prism: about 45 s; under 40 s thrashes);
 3. if a request waits: any idle model that is resident for ``min_residence_s``, longest idle first;
 4. if it has waited for ``max_wait_s``: turns. The model of lowest priority, longest awake, takes no more requests,
-   ends those it has, and sleeps, though others wait for it: they wait for their turn then.
+   ends those it has, and sleeps, though others wait for it: they wait for their turn then. One that would give on
+   other devices too, where nobody may want it, is asked after the others.
 
 Busy models that want more KV than there is: idle ones give, after ``min_residence_s`` when a request waits for
 it, after ``KV_IDLE_S`` when it is only expected to be wanted.
@@ -37,6 +38,7 @@ class Resident:
     priority: int
     awake_since: float
     idle_since: float
+    num_devices: int = 1  # on which it sleeps, if it does here
 
 
 @dataclass
@@ -106,7 +108,7 @@ def find_room(
         return Room(Verdict.BLOCKED, look_at=min(look_at, turn_at))
     in_turn = sorted(
         (r for r in residents if not r.pinned and r.busy and r.awake_since + limits.min_residence_s <= now),
-        key=lambda r: (r.priority, r.awake_since, r.model),
+        key=lambda r: (r.priority, r.num_devices, r.awake_since, r.model),
     )
     drain, left = _first(in_turn, missing - sum(r.gives_bytes for r in ready))
     if left > 0:

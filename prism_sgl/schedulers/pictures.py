@@ -12,12 +12,24 @@ from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.memory_plan import Resident, Tally
 from prism_sgl.schedulers.placement import Demand, Place
-from prism_sgl.schedulers.records import AWAKE, DRAINING, STOPPING, Device, Model, Role, Runtime
+from prism_sgl.schedulers.records import (
+    AWAKE,
+    DRAINING,
+    STARTING,
+    STOPPING,
+    WAKING,
+    Device,
+    Model,
+    Role,
+    Runtime,
+)
 from prism_sgl.schedulers.request_table import RequestTable
+
+_COMING = frozenset({STARTING, WAKING})
 
 
 def is_busy(runtime: Runtime, table: RequestTable) -> bool:
-    return bool(table.queued(runtime.model.name) or table.running(runtime.id))
+    return bool(table.queued(runtime.model.lead.name) or table.running(runtime.head.id))
 
 
 def _kv_bytes_per_token(model: Model) -> int:
@@ -69,9 +81,11 @@ class Pictures:
         self._kv_unit: float | None = None
 
     def changed(self, device: str) -> None:
-        self._residents.pop(device, None)
-        self._places.pop(device, None)
-        self._possible_bytes.pop(device, None)
+        """What sleeps or wakes there may do so with its other parts."""
+        for name in self._fleet.linked[device]:
+            self._residents.pop(name, None)
+            self._places.pop(name, None)
+            self._possible_bytes.pop(name, None)
 
     def kv_unit(self) -> float:
         """What makes of KVPRs parts of memory: bytes held over what they are called in KVPR's unit, of all models."""
@@ -94,22 +108,28 @@ class Pictures:
         return replace(whole, pressure=whole.pressure / count, compute=whole.compute / count)
 
     def residents(self, device: Device) -> list[Resident]:
-        """The models that are awake there, and the spares that sleep there."""
+        """The models that are awake there, and the spares that sleep there.
+
+        Parts of one model give and stay together, so each of them is as busy and as settled as all are, and none is
+        there as long as another is on its way.
+        """
         if (known := self._residents.get(device.name)) is not None:
             return known
         residents = [
             Resident(
                 model=runtime.model.name,
-                gives_bytes=runtime.charged_bytes - self._kept_asleep_bytes(runtime),
-                pinned=runtime.model.pinned and runtime.role is Role.HOME,
+                gives_bytes=self.gives_bytes(runtime),
+                pinned=runtime.model.lead.pinned and runtime.role is Role.HOME,
                 busy=is_busy(runtime, self._table),
-                served=runtime.served,
+                served=runtime.head.served,
                 priority=runtime.model.config.priority,
-                awake_since=runtime.awake_since,
-                idle_since=runtime.idle_since,
+                awake_since=max(each.awake_since for each in runtime.together),
+                idle_since=max(each.idle_since for each in runtime.together),
+                num_devices=len(runtime.together),
             )
             for runtime in device.residents.values()
             if runtime.state is AWAKE
+            and all(sibling.runtime.state not in _COMING for sibling in runtime.model.siblings)
         ]
         residents += [
             self._spare(runtime)
@@ -127,8 +147,20 @@ class Pictures:
             if runtime.state is STOPPING:
                 coming += runtime.charged_bytes
             elif runtime.state is DRAINING:
-                coming += runtime.charged_bytes - self._kept_asleep_bytes(runtime)
+                coming += self.gives_bytes(runtime)
         return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
+
+    def gives_bytes(self, runtime: Runtime) -> int:
+        """What others get when it falls asleep."""
+        return runtime.charged_bytes - self._kept_asleep_bytes(runtime)
+
+    def claims(self) -> dict[str, Tally]:
+        """As they are now, for ``undo``."""
+        return {name: replace(tally) for name, tally in self._tallies.items()}
+
+    def undo(self, claims: dict[str, Tally]) -> None:
+        """Forget what was claimed since."""
+        self._tallies = {name: replace(tally) for name, tally in claims.items()}
 
     def place(self, device: Device) -> Place:
         if (known := self._places.get(device.name)) is not None:
@@ -169,7 +201,7 @@ class Pictures:
 
     def _kept_bytes(self, runtime: Runtime) -> int:
         """What it has whoever wants memory."""
-        if runtime.model.pinned and runtime.mapped and runtime.role in (Role.HOME, Role.INCOMING):
+        if runtime.model.lead.pinned and runtime.mapped and runtime.role in (Role.HOME, Role.INCOMING):
             return runtime.charged_bytes
         return self._fleet.asleep_bytes(runtime.model) if runtime.role is Role.HOME else 0
 

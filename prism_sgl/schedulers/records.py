@@ -72,7 +72,7 @@ class Request:
     queued_at: float
     phase: Phase = Phase.QUEUED
     runtime: RuntimeId | None = None
-    device: str | None = None
+    devices: tuple[str, ...] = ()  # of the runtime, and of the model's other parts
     since: float = 0.0  # of its phase
     kv_tokens: int = 0  # prompt and half of the expected answer: what it holds on average
     # From its grant on. Whole microseconds, so that sums over many do not drift.
@@ -115,7 +115,18 @@ class Runtime:
     @property
     def serves(self) -> bool:
         """Takes grants now."""
-        return self.state is AWAKE and self.role in _SERVING
+        return self.state is AWAKE and self.role in _SERVING and self.model.is_whole
+
+    @property
+    def head(self) -> Runtime:
+        """The one that has its requests: itself, or the home of the lead."""
+        model = self.model
+        return self if model.lead is model else model.lead.runtime
+
+    @property
+    def together(self) -> tuple[Runtime, ...]:
+        """This one and those of the model's other parts."""
+        return (self, *(sibling.runtime for sibling in self.model.siblings))
 
     @property
     def is_spare(self) -> bool:
@@ -128,6 +139,10 @@ class Model:
     """One configured model, what was learned of it, and its runtimes.
 
     ``runtime`` is its home. ``others`` are on other devices and have a process, each with a role of its own.
+
+    A model over several devices is one configured model for each of its parts, bound to its device: the ``lead`` has
+    the requests of all, and what is learned of them; the others compute with it, hold as much, and are awake, asleep
+    and wanted with it (activation.py, lifecycle.py). A part has a home only.
     """
 
     name: str
@@ -141,6 +156,8 @@ class Model:
     answers: AnswerLength = field(default_factory=AnswerLength)
     rate: TokenRate = field(default_factory=TokenRate)
     load: LoadEstimate = field(default_factory=LoadEstimate)
+    lead: Model = field(init=False)  # itself, unless it is another part of one
+    siblings: tuple[Model, ...] = ()  # the other parts
     reason: str = ""
     failure: str = ""  # why it cannot load; requests are refused while this is set and it is failed
     start_wanted: bool = False  # shall be up though no request waits: preload, restart
@@ -160,6 +177,16 @@ class Model:
 
     def __post_init__(self) -> None:
         self.runtime = Runtime(self)
+        self.lead = self
+
+    @property
+    def parts(self) -> tuple[Model, ...]:
+        return (self, *self.siblings)
+
+    @property
+    def is_whole(self) -> bool:
+        """It takes requests itself, and all other parts of it are awake."""
+        return self.lead is self and all(sibling.runtime.state is AWAKE for sibling in self.siblings)
 
     @property
     def runtimes(self) -> list[Runtime]:
@@ -177,7 +204,7 @@ class Model:
     def serving(self) -> list[Runtime]:
         """The runtimes that take grants now."""
         if not self.others:
-            return [self.runtime] if self.runtime.state is AWAKE else []
+            return [self.runtime] if self.runtime.serves else []
         return [runtime for runtime in self.runtimes if runtime.serves]
 
 

@@ -21,9 +21,9 @@ class RequestTable:
     """Owner of all live requests.
 
     Invariants: a request is either in the queue of its model or in flight on one runtime, never in both; an id
-    is live once; ``unanswered`` holds exactly those in flight whose first token is not out, but for those that were
-    set aside; ``kv_tokens`` of a runtime is the sum over those in flight there, ``needed_us`` of a runtime and
-    ``tokens_us`` of a device are sums over their unanswered ones.
+    is live once; ``unanswered`` holds exactly those in flight whose first token is not out, on each of their devices,
+    but for those that were set aside; ``kv_tokens`` of a runtime is the sum over those in flight there, ``needed_us``
+    of a runtime and ``tokens_us`` of a device are sums over their unanswered ones.
     """
 
     def __init__(self, activation_timeout_s: float) -> None:
@@ -70,7 +70,7 @@ class RequestTable:
 
     def num_computing(self, device: Device) -> int:
         """Runtimes of the device with requests in flight: they share its time."""
-        return sum(bool(self.running(runtime.id)) for runtime in device.residents.values())
+        return sum(bool(self.running(runtime.head.id)) for runtime in device.residents.values())
 
     def kv_tokens(self, runtime: RuntimeId | None) -> int:
         """What the requests in flight there hold on average."""
@@ -94,17 +94,17 @@ class RequestTable:
         self._index_api(request)
         self.next_expiry = min(self.next_expiry, request.arrival + self._timeout_s)
 
-    def grant(self, request: Request, runtime: RuntimeId, device: str, now: float) -> None:
+    def grant(self, request: Request, runtime: RuntimeId, devices: tuple[str, ...], now: float) -> None:
         assert request.phase is Phase.QUEUED
         self._take(self._queues, request.model, request)
-        self._fly(request, runtime, device, Phase.GRANTED, now)
+        self._fly(request, runtime, devices, Phase.GRANTED, now)
 
-    def relearn(self, request: Request, runtime: RuntimeId, device: str, now: float) -> None:
+    def relearn(self, request: Request, runtime: RuntimeId, devices: tuple[str, ...], now: float) -> None:
         """One that an earlier router granted."""
         assert request.id not in self._live
         self._live[request.id] = request
         self._index_api(request)
-        self._fly(request, runtime, device, Phase.STARTED, now)
+        self._fly(request, runtime, devices, Phase.STARTED, now)
 
     def belongs(self, request: Request, api: str) -> None:
         """A request first told of by a runtime is claimed by its api_server."""
@@ -167,20 +167,23 @@ class RequestTable:
                     self.next_expiry = min(self.next_expiry, expiry)
         return due
 
-    def _fly(self, request: Request, runtime: RuntimeId, device: str, phase: Phase, now: float) -> None:
-        request.runtime, request.device, request.phase, request.since = runtime, device, phase, now
+    def _fly(
+        self, request: Request, runtime: RuntimeId, devices: tuple[str, ...], phase: Phase, now: float
+    ) -> None:
+        request.runtime, request.devices, request.phase, request.since = runtime, devices, phase, now
         self._running.setdefault(runtime, {})[request.id] = request
-        self._unanswered.setdefault(device, {})[request.id] = request
         self._kv_tokens[runtime] += request.kv_tokens
         self._needed_us[runtime] += request.needed_us
-        self._tokens_us[device] += request.tokens_us
+        for device in devices:
+            self._unanswered.setdefault(device, {})[request.id] = request
+            self._tokens_us[device] += request.tokens_us
 
     def _answered(self, request: Request) -> None:
         assert request.runtime is not None
-        assert request.device is not None
-        self._take(self._unanswered, request.device, request)
         _subtract(self._needed_us, request.runtime, request.needed_us)
-        _subtract(self._tokens_us, request.device, request.tokens_us)
+        for device in request.devices:
+            self._take(self._unanswered, device, request)
+            _subtract(self._tokens_us, device, request.tokens_us)
 
     def _index_api(self, request: Request) -> None:
         if request.api is not None:
@@ -209,9 +212,9 @@ class RequestTable:
             assert request.api is None or number in self._by_api[request.api]
         flying_requests = [request for running in self._running.values() for request in running.values()]
         unanswered = [request for request in flying_requests if request.id in waiting]
-        assert self._kv_tokens == _sums(flying_requests, "runtime", "kv_tokens")
-        assert self._needed_us == _sums(unanswered, "runtime", "needed_us")
-        assert self._tokens_us == _sums(unanswered, "device", "tokens_us")
+        assert self._kv_tokens == _sums((r.runtime, r.kv_tokens) for r in flying_requests)
+        assert self._needed_us == _sums((r.runtime, r.needed_us) for r in unanswered)
+        assert self._tokens_us == _sums((d, r.tokens_us) for r in unanswered for d in r.devices)
         indexes = (self._queues, self._running, self._by_api, self._unanswered)
         assert all(bucket for index in indexes for bucket in index.values()), "no empty buckets"
 
@@ -222,8 +225,8 @@ def _subtract(sums: Counter[K], key: K, amount: int) -> None:
         del sums[key]
 
 
-def _sums(requests: Iterable[Request], key: str, amount: str) -> Counter[str]:
-    sums: Counter[str] = Counter()
-    for request in requests:
-        sums[getattr(request, key)] += getattr(request, amount)
+def _sums(amounts: Iterable[tuple[str | None, int]]) -> Counter[str | None]:
+    sums: Counter[str | None] = Counter()
+    for key, amount in amounts:
+        sums[key] += amount
     return +sums

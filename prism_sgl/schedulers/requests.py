@@ -117,7 +117,8 @@ class RequestDesk:
             queued_at=now,
             needed_us=1,  # nobody knows how much, but it may be prefilled still
         )
-        self._table.relearn(request, runtime, device.name, now)
+        devices = (device.name, *(sibling.devices[0] for sibling in model.siblings))
+        self._table.relearn(request, runtime, devices, now)
         self._fleet.touch(model)
         return True
 
@@ -181,11 +182,12 @@ class RequestDesk:
         self._granter.changed(model)
 
     def _refusal(self, model: Model, message: Submit, now: float) -> Refuse | None:
-        runtime = model.runtime
-        if runtime.state is FAILED and model.failure and now - runtime.since < RETRY_FAILED_S:
-            retry_s = min(model.retry_at, runtime.since + RETRY_FAILED_S) - now
-            text = f"{model.name} failed to load: {model.failure}"
-            return _refusal(message, 503, "model_failed", text, max(1.0, retry_s))
+        for part in model.parts:
+            runtime = part.runtime
+            if runtime.state is FAILED and part.failure and now - runtime.since < RETRY_FAILED_S:
+                retry_s = min(part.retry_at, runtime.since + RETRY_FAILED_S) - now
+                text = f"{part.name} failed to load: {part.failure}"
+                return _refusal(message, 503, "model_failed", text, max(1.0, retry_s))
         queue = self._table.queued(model.name)
         if len(queue) >= self._max_queue and message.attempt == 1:
             text = f"{len(queue)} requests wait for {model.name} already; try again later"
@@ -215,7 +217,7 @@ class RequestDesk:
             if latency.is_new:
                 self._learn_prefill(request, latency.uncached_tokens(request.prompt_tokens))
         self._table.first_token(request, now)
-        self._granter.freed(request.device)
+        self._granter.freed(*request.devices)
 
     def finished(self, message: Finished, now: float) -> None:
         request = self._find(message)
@@ -242,15 +244,15 @@ class RequestDesk:
             self._fleet.models[request.model].latency.observe(computed_tokens, prefill_s)
 
     def _learn_load(self, request: Request, message: Finished) -> None:
-        device = self._fleet.devices.get(request.device or "")
-        if device is None or request.prompt_tokens <= 0 or request.is_aside:
+        devices = [self._fleet.devices[name] for name in request.devices]
+        if not devices or request.prompt_tokens <= 0 or request.is_aside:
             return  # when it began is not known (an earlier router granted it), or it was set aside
         self._fleet.models[request.model].load.answered(
             message.total_s,
             request.ttft_s,
             (message.prompt_tokens or request.prompt_tokens) + message.completion_tokens,
             message.completion_tokens,
-            self._table.num_computing(device),
+            max(map(self._table.num_computing, devices)),
         )
 
     def _find(self, message: Started | FirstToken | Finished) -> Request | None:
@@ -264,7 +266,7 @@ class RequestDesk:
         self._table.forget(request)
         if remember:
             self._table.remember_end(request.id, request.attempt)
-        self._granter.freed(request.device)
+        self._granter.freed(*request.devices)
         runtime = self._fleet.by_id(request.runtime)
         if runtime is not None and not self._table.running(runtime.id):
             runtime.idle_since = now

@@ -102,6 +102,9 @@ class SupervisorDesk:
             self._fleet.make_home(heir, f"the runtime on {runtime.device} is gone: {reason}")
             self._lifecycle.call_off_drain(heir, now)
         self._desk.lose(runtime.id, reason, now)
+        for sibling in model.siblings:
+            if sibling.runtime.state not in (COLD, FAILED, STOPPING):
+                self._lifecycle.stop(sibling.runtime, now, f"{model.name} is gone: {reason}")
 
     def _failed_to_load(self, runtime: Runtime, reason: str, now: float) -> None:
         model = runtime.model
@@ -112,7 +115,7 @@ class SupervisorDesk:
             model.retry_at = now + min(LONGEST_BACKOFF_S, 2.0 ** (model.load_failures - 1))
         text = f"{model.name} failed to load: {reason}"
         retry_s = max(1.0, min(model.retry_at, now + RETRY_FAILED_S) - now)
-        self._desk.refuse_all(model, "model_failed", text, retry_s, now)
+        self._desk.refuse_all(model.lead, "model_failed", text, retry_s, now)
 
 
 def _heir(model: Model) -> Runtime | None:

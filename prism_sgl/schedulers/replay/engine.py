@@ -128,8 +128,7 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, job: Job) -> bool:
-        """True: it is in this engine's hands (a part of a wider one may have to wait for the others)."""
+    def submit(self, job: Job) -> None:
         assert self.is_open, f"{self.name} is not awake"
         first = not self.waiting
         self.waiting.append(job)
@@ -137,7 +136,6 @@ class Engine:
             self._next()
         elif first and self._doing is Doing.DECODE:
             self._cut_burst()
-        return True
 
     def cancel(self, job: Job) -> None:
         """It leaves with the step at hand, which the others lose; from a pass, when that ends."""

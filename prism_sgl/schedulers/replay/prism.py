@@ -12,7 +12,7 @@ from prism_sgl.schedulers.controller import Command, ToRuntime, ToSupervisor
 from prism_sgl.schedulers.replay.device import Device
 from prism_sgl.schedulers.replay.moves_seen import MovesSeen
 from prism_sgl.schedulers.replay.runtime import ReplayRuntime, facts_of, make_runtime
-from prism_sgl.schedulers.replay.spanning import Gangs, part_name, part_specs, place
+from prism_sgl.schedulers.replay.spanning import part_specs, parts_by_name, place
 from prism_sgl.schedulers.replay.spec import Arrival, Fleet, ModelSpec, Outcome, Replayed, span_s
 from prism_sgl.schedulers.simulator import Costs, World
 from prism_sgl.schedulers.virtual import Client
@@ -27,11 +27,8 @@ def controller_config(
     fleet: Fleet, scheduler: SchedulerConfig | None = None, parts: Mapping[str, tuple[int, ...]] | None = None
 ) -> Config:
     """The models.toml that this fleet would have. All engines start at once: a replay begins when they are up."""
-    specs = part_specs(fleet.models, parts or {})
-    limits = scheduler or SchedulerConfig(start_parallel=len(specs))
-    homes = {
-        part_name(m, i): (f"gpu{device}",) for m, d in (parts or {}).items() for i, device in enumerate(d)
-    }
+    listed = list(part_specs(fleet.models, parts or {}))
+    limits = scheduler or SchedulerConfig(start_parallel=len(listed))
     return Config(
         server=ServerConfig(max_queue=_MOST_QUEUED),
         memory=MemoryConfig(kv_page_bytes=128 << 20, weights_page_bytes=128 << 20),
@@ -40,12 +37,12 @@ def controller_config(
             DeviceConfig(name=f"gpu{i}", kind="cuda", index=i, memory_bytes=fleet.device_bytes)
             for i in range(fleet.num_devices)
         ),
-        models={spec.name: _model_config(spec, homes.get(spec.name, ())) for spec in specs},
+        models={spec.name: _model_config(spec, devices, part_of) for spec, devices, part_of in listed},
         file=fleet.name,
     )
 
 
-def _model_config(spec: ModelSpec, devices: tuple[str, ...]) -> ModelConfig:
+def _model_config(spec: ModelSpec, devices: tuple[str, ...], part_of: str) -> ModelConfig:
     return ModelConfig(
         name=spec.name,
         devices=devices,
@@ -55,6 +52,7 @@ def _model_config(spec: ModelSpec, devices: tuple[str, ...]) -> ModelConfig:
         kv_bytes_per_token=spec.costs.kv_bytes_per_token,
         context_tokens=spec.costs.context_tokens,
         min_kv_bytes=spec.costs.floor_bytes,
+        part_of=part_of,
     )
 
 
@@ -64,7 +62,7 @@ class _Replay:
     def __init__(self, fleet: Fleet, scheduler: SchedulerConfig | None, *, check: bool) -> None:
         self.fleet = fleet
         parts = place([m for m in fleet.models if m.tp > 1], fleet.num_devices, fleet.device_bytes)
-        specs = {spec.name: spec for spec in part_specs(fleet.models, parts)}
+        specs = {spec.name: spec for spec, _, _ in part_specs(fleet.models, parts)}
         facts = {name: facts_of(spec, fleet.device_bytes) for name, spec in specs.items()}
         self.devices: dict[str, Device] = {}
         self.wakes = 0
@@ -75,12 +73,13 @@ class _Replay:
             Costs(),
             on_step=self._check if check else lambda world: None,
             on_command=self._count,
-            make_runtime=make_runtime(specs, self.devices, facts, lambda model: self.gangs.part(model)),
+            make_runtime=make_runtime(specs, self.devices, facts, lambda model: self.parts.get(model)),
         )
         for i in range(fleet.num_devices):
             device = Device(f"gpu{i}", fleet.device_bytes, self.world, fleet.copy_slowdown)
             self.devices[device.name] = device
-        self.gangs = Gangs(fleet.models, parts, list(self.devices.values()), self.world)
+        self.parts = parts_by_name(fleet.models, parts, list(self.devices.values()), self.world)
+        self._served = specs.keys()
         self.requests: list[Client | None] = []  # None: no devices have room for its model
 
     def _check(self, world: World) -> None:
@@ -116,14 +115,10 @@ class _Replay:
 
     def request(self, number: int, arrival: Arrival) -> None:
         api = self.world.apis["api0"]
-        if self.gangs.has(arrival.model):
-            self.requests.append(self.gangs.request(api, f"r{number}", arrival))
-        elif self.fleet.by_name()[arrival.model].tp > 1:
-            self.requests.append(None)
-        else:
-            self.requests.append(
-                api.request(f"r{number}", arrival.model, arrival.prompt_tokens, arrival.output_tokens)
-            )
+        client = None
+        if arrival.model in self._served:
+            client = api.request(f"r{number}", arrival.model, arrival.prompt_tokens, arrival.output_tokens)
+        self.requests.append(client)
 
     def is_over(self) -> bool:
         return all(client is None or client.over for client in self.requests)

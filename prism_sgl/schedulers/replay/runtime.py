@@ -72,13 +72,10 @@ class Computes(Protocol):
     def close(self, keep_bytes: int) -> None: ...
     def abort(self) -> None: ...
     def set_aside(self) -> list[Job]:
-        """All requests, taken out."""
+        """All requests, taken out; none if it keeps them itself."""
         ...
 
-    def submit(self, job: Job) -> bool:
-        """False: it waits for the same request of other parts."""
-        ...
-
+    def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
     def check(self) -> None: ...
 
@@ -272,11 +269,8 @@ class ReplayRuntime:
             return
         if self._state is not RuntimeState.AWAKE:
             self._aside.append(job)
-        elif not self._engine.submit(job):
-            # Parts may be granted requests in different orders; so none of them may fill a window while it waits for
-            # the others. No time is told, for there is nothing to be learned from it.
-            waits = FirstToken(runtime=self.id, request=key.request, attempt=key.attempt, ttft_s=-1.0)
-            self._say(waits)
+        else:
+            self._engine.submit(job)
 
     def cancel(self, key: RequestKey) -> None:
         self._seen.add(key)
