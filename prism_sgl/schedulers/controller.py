@@ -43,6 +43,7 @@ from prism_sgl.schedulers import status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.admin import AdminDesk
 from prism_sgl.schedulers.balancer import Balancer
+from prism_sgl.schedulers.bursts import Bursts
 from prism_sgl.schedulers.events import (
     Command,
     Event,
@@ -106,6 +107,7 @@ class Controller:
             self._admin,
             self._mover,
         )
+        self._bursts = Bursts(config.scheduler, self._fleet, self._table, self._mover)
         self._balancer = Balancer(
             config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
         )
@@ -233,6 +235,7 @@ class Controller:
                 self._mover.settle(model, now)
                 self._lifecycle.settle(model, now)
                 self._admin.settle(model)
+                self._bursts.settle(model, now)
                 self._activation.consider(model, now)
                 self._granter.changed(model)
                 for runtime in model.runtimes:
