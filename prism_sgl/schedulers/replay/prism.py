@@ -28,7 +28,7 @@ def controller_config(
 ) -> Config:
     """The models.toml that this fleet would have. All engines start at once: a replay begins when they are up."""
     specs = part_specs(fleet.models, parts or {})
-    limits = scheduler or SchedulerConfig(start_parallel=len(specs))
+    limits = scheduler or SchedulerConfig(start_parallel=len(specs), spares=fleet.num_devices > 1)
     homes = {
         part_name(m, i): (f"gpu{device}",) for m, d in (parts or {}).items() for i, device in enumerate(d)
     }
