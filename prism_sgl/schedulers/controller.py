@@ -5,7 +5,8 @@ seconds) and who carries out the commands differs. Its parts, each owner of one 
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
 ``Lifecycle`` (commands to supervisor and runtimes), ``SupervisorDesk`` and ``RuntimeDesk`` (what those say),
 ``AdminDesk`` (operators' asks), ``Activation`` (who wants to be awake, and whose memory makes room), ``Mover``
-(models on their way to another device), ``Balancer`` (which of them shall move).
+(models on their way to another device), ``Balancer`` (which of them shall move), ``Bursts`` (where an idle model is
+asked next).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
