@@ -39,6 +39,7 @@ class _Want:
     since: float
     urgent: bool  # a request or an operator waits for it
     device: str | None = None  # where room is being made for it
+    chosen_at: float = -math.inf  # when it was last asked which of its two devices is the better one
 
 
 @dataclass
@@ -299,7 +300,11 @@ class Activation:
 
     def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
-        if model.runtime.state is ASLEEP and (spare := model.spare) is not None and spare.is_spare:
+        spare = model.spare if model.runtime.state is ASLEEP else None
+        # What a model keeps asleep counts as the home's on one device and as a spare's on the other: near the edge of
+        # what fits each looks better from the other one, so it is asked now and then only, or they would swap for ever.
+        if spare is not None and spare.is_spare and seen.now >= want.chosen_at + self._limits.min_residence_s:
+            want.chosen_at = seen.now
             self._wake_where_best(model, spare, seen)
         here = model.runtime.device or want.device
         taken = {runtime.device for runtime in model.runtimes}
