@@ -55,7 +55,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     prefill_window: int = 4  # a device may have as many without a first token, however long their prefill
     start_parallel: int = 2  # engines that may start at the same time
     min_move_gain: float = 0.10  # a move must lower the largest pressure by this part, and pay for itself
-    spares: bool = False  # each model also sleeps on a second device, so that it moves or wakes there at once
+    spares: bool = (
+        False  # each model also sleeps on a second device; with several CUDA devices the default is true
+    )
     move_drain_s: float = 300.0  # requests that a moved model's old runtime still answers have so long to end
 
 
@@ -104,8 +106,8 @@ def load(path: str | Path) -> Config:
     raw = read_toml(Path(path).expanduser(), file)
     root = Table(file, "", raw, [*keys_of(Config)][:-1])
     server = _server(_section(root, "server", ServerConfig))
-    scheduler = _scheduler(_section(root, "scheduler", SchedulerConfig))
     devices = _devices(root)
+    scheduler = _scheduler(_section(root, "scheduler", SchedulerConfig), devices)
     memory = _memory(_section(root, "memory", MemoryConfig), devices)
     models = _models(root)
     config = Config(
@@ -174,8 +176,9 @@ def _memory(table: Table, devices: tuple[DeviceConfig, ...]) -> MemoryConfig:
     )
 
 
-def _scheduler(table: Table) -> SchedulerConfig:
-    default = SchedulerConfig()
+def _scheduler(table: Table, devices: tuple[DeviceConfig, ...]) -> SchedulerConfig:
+    # A second engine for each model takes the memory of a host that is itself the device.
+    default = SchedulerConfig(spares=sum(device.kind == "cuda" for device in devices) > 1)
     return SchedulerConfig(
         sleep_after_s=table.duration("sleep_after", default.sleep_after_s, example="45s"),
         min_residence_s=table.duration("min_residence", default.min_residence_s, example="2s"),

@@ -365,3 +365,13 @@ def test_a_card_needs_room_for_what_an_engine_holds_beside_pages(tmp_path: Path,
     assert "models.chat needs 2.25GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
     config = read(tmp_path, card.replace("1GiB", "3GiB") + CHAT)
     assert config.memory.kv_page_bytes == config.memory.weights_page_bytes == 128 << 20
+
+
+def test_models_sleep_on_a_second_card_too_unless_told_otherwise(tmp_path: Path, model: Path) -> None:
+    def card(index: int) -> str:
+        return f'[[devices]]\nname = "gpu{index}"\nkind = "cuda"\nindex = {index}\nmemory = "8GiB"\n'
+
+    assert not read(tmp_path, card(0) + CHAT).scheduler.spares
+    assert read(tmp_path, card(0) + card(1) + CHAT).scheduler.spares
+    assert not read(tmp_path, "[scheduler]\nspares = false\n" + card(0) + card(1) + CHAT).scheduler.spares
+    assert not read(tmp_path, HOST + HOST.replace("host0", "host1") + CHAT).scheduler.spares

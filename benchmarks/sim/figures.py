@@ -152,7 +152,7 @@ def window() -> dict[str, Any]:
     for rate in (4.0, 8.0, 16.0):
         arrivals = over.arrivals(rate)
         for size in (4, 8, 16, 64):
-            limits = SchedulerConfig(start_parallel=len(fleet.models), prefill_window=size)
+            limits = SchedulerConfig(start_parallel=len(fleet.models), prefill_window=size, spares=True)
             summary = summarise(replay_prism(fleet, arrivals, scheduler=limits), slos)
             row = {"rate_scale": rate, "prefill_window": size, "ttft_attainment": summary.ttft_attainment}
             rows.append(row | {"ttft_p50_s": summary.ttft_p50_s, "ttft_p99_s": summary.ttft_p99_s})

@@ -1,8 +1,9 @@
-"""Traces that are none of the figures', for choosing rules: python -m benchmarks.sim.held_out [8|58 ...]
+"""Traces that are none of the figures', for choosing rules: python -m benchmarks.sim.held_out [8|58|against ...]
 
 8: two devices; eight of Arena-Chat's models by lot, new traces like Hyperbolic's, all models busy. 58: the fleet of 58
 with the trace's models dealt out anew, and a new trace like Hyperbolic's. Prints TTFT attainment of prism, in brackets
-its moves (and wakes). Three minutes of one core.
+its moves and wakes. against: on the traces of 8, at SLO scales 5 and 2, prism beside static and paper, which get the
+best of four tunings on each. Six minutes of one core.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from benchmarks.sim.figures import RESULTS, ROOT, SLO_SCALE, TRACE, busy_trace, 
 from prism_sgl.launch.replay import fleet_file, measurements, trace_file
 from prism_sgl.launch.replay.runs import Runner
 from prism_sgl.launch.replay.trace_file import Trace
+from prism_sgl.schedulers.replay.outcomes import Summary
 
 _LEAST_REQUESTS = 20  # of a model that may be drawn
+_MOST_RATE = 8.0  # against others
 _SHIFT_S = 200.0  # between models of the 58 that live on one part of the trace
 
 
@@ -72,8 +75,17 @@ def main(names: list[str]) -> None:
         for what, runners, rates in on_two_devices():
             runs = [over.run("prism", rate, SLO_SCALE, 2) for over in runners for rate in rates]
             mean = statistics.fmean(run.summary.ttft_attainment for run in runs)
-            each = (f"{run.summary.ttft_attainment:.4f} ({run.summary.migrations})" for run in runs)
-            print(f"{what}: {mean:.4f}; {', '.join(each)}", flush=True)
+            print(f"{what}: {mean:.4f}; {', '.join(_seen(run.summary) for run in runs)}", flush=True)
+    if "against" in names:
+        for what, runners, rates in on_two_devices():
+            for slo in (SLO_SCALE, 2.0):
+                points = [(over, rate) for over in runners for rate in rates if rate <= _MOST_RATE]
+                for policy in ("prism", "static", "paper"):
+                    shown = [over.run(policy, rate, slo, 2).summary for over, rate in points]
+                    ttft = statistics.fmean(s.ttft_attainment for s in shown)
+                    tpot = statistics.fmean(s.tpot_attainment for s in shown)
+                    each = ", ".join(_seen(summary) for summary in shown)
+                    print(f"{what}, SLO {slo:g}, {policy}: {ttft:.4f}, TPOT {tpot:.4f}; {each}", flush=True)
     if "58" in names:
         arena = trace_file.load(TRACE)
         deals = [(f"deal {seed}", fifty_eight(seed, arena), 4.0) for seed in (5, 6)]
@@ -81,9 +93,12 @@ def main(names: list[str]) -> None:
         for what, over, rate in deals:
             for devices in (8, 10, 12, 14, 16, 18, 20):
                 summary = over.run("prism", rate, SLO_SCALE, devices).summary
-                seen = f"{summary.ttft_attainment:.4f} ({summary.migrations}, {summary.wakes})"
-                print(f"58 models, {what}, {devices} devices: {seen}", flush=True)
+                print(f"58 models, {what}, {devices} devices: {_seen(summary)}", flush=True)
+
+
+def _seen(summary: Summary) -> str:
+    return f"{summary.ttft_attainment:.4f} ({summary.migrations}, {summary.wakes})"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["8", "58"])
+    main(sys.argv[1:] or ["8", "58", "against"])

@@ -53,6 +53,7 @@ class _Want:
     since: float
     urgent: bool  # a request or an operator waits for it
     devices: dict[str, str] = field(default_factory=dict)  # where room is being made for each of its parts
+    chosen_at: float = -math.inf  # when it was last asked which of its two devices is the better one
 
 
 @dataclass
@@ -255,7 +256,13 @@ class Activation:
 
     def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
-        if model.runtime.state is ASLEEP and (spare := model.spare) is not None and spare.is_spare:
+        spare = model.spare if model.runtime.state is ASLEEP else None
+        if self._lifecycle.is_set_aside(model.runtime):
+            spare = None  # those requests go on where they are, and nowhere else
+        # What a model keeps asleep counts as the home's on one device and as a spare's on the other: near the edge of
+        # what fits each looks better from the other one, so it is asked now and then only, or they would swap for ever.
+        if spare is not None and spare.is_spare and seen.now >= want.chosen_at + self._limits.min_residence_s:
+            want.chosen_at = seen.now
             self._wake_where_best(model, spare, seen)
         here = model.runtime.device or want.devices.get(model.name)
         taken = {runtime.device for runtime in model.runtimes}

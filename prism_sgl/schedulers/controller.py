@@ -5,7 +5,8 @@ seconds) and who carries out the commands differs. Its parts, each owner of one 
 runtimes, devices), ``RequestTable`` (requests), ``RequestDesk`` (api_servers), ``Granter`` (orders of dispatch),
 ``Lifecycle`` (commands to supervisor and runtimes), ``SupervisorDesk`` and ``RuntimeDesk`` (what those say),
 ``AdminDesk`` (operators' asks), ``Activation`` (who wants to be awake), ``RoomMaker`` (whose memory makes room),
-``Mover`` (models on their way to another device), ``Balancer`` (which of them shall move).
+``Mover`` (models on their way to another device), ``Balancer`` (which of them shall move), ``Bursts`` (where an idle
+model is asked next).
 
 What it needs of its peers: messages of one peer arrive in order (ZeroMQ gives that); an api_server answers
 Introduce with ApiHello and submits again all that is not granted, ignores a Grant that it has obeyed, and answers
@@ -43,6 +44,7 @@ from prism_sgl.schedulers import status
 from prism_sgl.schedulers.activation import Activation
 from prism_sgl.schedulers.admin import AdminDesk
 from prism_sgl.schedulers.balancer import Balancer
+from prism_sgl.schedulers.bursts import Bursts
 from prism_sgl.schedulers.events import (
     Command,
     Event,
@@ -109,6 +111,7 @@ class Controller:
             self._mover,
             self._rooms,
         )
+        self._bursts = Bursts(config.scheduler, self._fleet, self._table, self._mover)
         self._balancer = Balancer(
             config.scheduler, self._fleet, self._table, self._mover, self._activation.waited_for
         )
@@ -236,6 +239,7 @@ class Controller:
                 self._mover.settle(model, now)
                 self._lifecycle.settle(model, now)
                 self._admin.settle(model)
+                self._bursts.settle(model, now)
                 self._activation.consider(model, now)
                 self._granter.changed(model)
                 for runtime in model.runtimes:

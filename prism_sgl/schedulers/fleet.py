@@ -215,9 +215,9 @@ class Fleet:
         self.touch(runtime.model)
 
     def swap_home(self, spare: Runtime, why: str) -> None:
-        """Both sleep: the model shall wake where its spare is."""
+        """The model shall wake where its spare is; its home, idle or asleep, becomes the spare."""
         home = spare.model.runtime
-        assert home.state is ASLEEP
+        assert home.state in (ASLEEP, AWAKE), "one that comes or leaves has a role of its own"
         assert spare.role is Role.SPARE
         self.make_home(spare, why)
         self.set_role(home, Role.SPARE)

@@ -61,6 +61,10 @@ class LatencyEstimate:
     def estimate_s(self, prompt_tokens: int) -> float:
         return self.alpha_s + self.s_per_token * self.uncached_tokens(prompt_tokens)
 
+    def uncached_s(self, prompt_tokens: int) -> float:
+        """Where the prefix cache has nothing of it."""
+        return self.alpha_s + self.s_per_token * prompt_tokens
+
     def observe_hits(self, prompt_tokens: int, cached_tokens: int) -> None:
         """From an answer's usage."""
         self._prompt_tokens = self._prompt_tokens * _FORGET + prompt_tokens

@@ -125,6 +125,7 @@ class Lifecycle:
 
     def _settle_drained(self, runtime: Runtime, now: float) -> None:
         if runtime.role is Role.SPARE and runtime.state is AWAKE:
+            runtime.keep_weights = True  # as long as nobody wants their room, a burst is served here at once
             self._fleet.move(runtime, DRAINING, now, "sleeps here to be woken when it is wanted here")
         if runtime.role is Role.LEAVING:
             self._settle_leaving(runtime, now)

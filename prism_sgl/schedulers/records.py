@@ -39,7 +39,7 @@ class Role(enum.Enum):
     HOME = "home"  # takes grants; its state is what people call the model's state
     REPLICA = "replica"  # takes grants beside the home
     INCOMING = "incoming"  # target of a move: the home as soon as it is awake
-    SPARE = "spare"  # sleeps on another device than the home, so that a move or a wake there takes no start
+    SPARE = "spare"  # sleeps on another device than the home, so that a move or a burst there takes no start
     LEAVING = "leaving"  # source of a move, or no longer needed: answers what it has, then it is stopped
 
 

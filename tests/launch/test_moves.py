@@ -157,3 +157,37 @@ def test_model_with_a_spare_moves_there_and_back_without_a_start() -> None:
         assert traffic.bad == []
         assert taken(stack) == Counter(traffic.tags)
         assert len(stack.programs) == 2
+
+
+def test_burst_of_an_idle_model_is_served_beside_nobody_and_none_is_lost() -> None:
+    with running(("chat", "other"), num_devices=2, extra=QUICK + "spares = true\n") as stack:
+
+        def has_spare(model: str) -> bool:
+            others = stack.client.get(f"/api/v1/models/{model}").json()["others"]
+            return [(other["role"], other["state"]) for other in others] == [("spare", "asleep")]
+
+        wait_for("spares", lambda: has_spare("chat") and has_spare("other"))
+        shared = device_of(stack, "other")
+        if device_of(stack, "chat") != shared:
+            assert stack.client.post(f"/api/v1/models/chat/move?device={shared}").status_code == 200
+            wait_for("source sleeps", lambda: has_spare("chat"))
+        stream = Asked(stack, "other", tag="s", stream=True, hold_after=1)
+        neighbour = stack.programs[stack.client.get("/api/v1/models/other").json()["runtime"]]
+        neighbour.line("holding s")
+
+        def leaves() -> bool:
+            """As soon as it no longer rests after its move; asked once in a while, so that it is idle between."""
+            assert stack.chat("chat", tag=f"c{time.monotonic()}").status_code == 200
+            return device_of(stack, "chat") != shared
+
+        wait_for("served elsewhere", leaves)
+        traffic = Traffic(stack, ["chat"], 0, clients=2)
+        wait_for("some bursts", lambda: len(traffic.tags) >= 12)
+        assert device_of(stack, "chat") != shared, "there is nobody beside it"
+        traffic.stop()
+        assert traffic.bad == []
+        neighbour.tell("release after s")
+        assert stream.answer().text.endswith("data: [DONE]\n\n")
+        assert len(stack.programs) == 4, "nothing was started for it"
+        events = stack.client.get("/api/v1/events").json()["events"]
+        assert any("its next burst finds 0 models computing" in line for line in events), "\n".join(events)

@@ -54,6 +54,8 @@ class Measured:
     latency_s: float  # of a request, outside the device
     wake_s_per_byte: float
     wake_s_at_zero: float
+    wake_in_place_s_per_byte: float
+    wake_in_place_s_at_zero: float
     sleep_s_per_byte: float
     sleep_s_at_zero: float
     map_s_per_page: float
@@ -70,6 +72,8 @@ def read(folder: Path) -> Measured:
     ttft_s = _row(overhead, f"{_LOW_LOAD}: TTFT p50") / 1000
     wakes = [_awake_later(wake, size) for size in ("8B", "1B")]
     wake_slope = (wakes[0] - wakes[1]) / (_LARGE_BYTES - _SMALL_BYTES)
+    in_place = [_row(wake, f"{size}: wake, until it returns (its copies go on)") for size in ("8B", "1B")]
+    in_place_slope = (in_place[0] - in_place[1]) / (_LARGE_BYTES - _SMALL_BYTES)
     sleeps = [_row(wake, f"{size}: sleep") for size in ("8B", "1B")]
     sleep_slope = (sleeps[0] - sleeps[1]) / (_LARGE_BYTES - _SMALL_BYTES)
     grow_s = _row(grow, "grow 1 GiB, pages of 128 MiB, against stock's cudaMalloc or cudaFree") / 1000
@@ -80,6 +84,8 @@ def read(folder: Path) -> Measured:
         latency_s=max(0.0, ttft_s - tpot_s - 512 / _PREFILL_TOKENS_PER_S),
         wake_s_per_byte=wake_slope,
         wake_s_at_zero=wakes[0] - wake_slope * _LARGE_BYTES,
+        wake_in_place_s_per_byte=in_place_slope,
+        wake_in_place_s_at_zero=in_place[0] - in_place_slope * _LARGE_BYTES,
         sleep_s_per_byte=sleep_slope,
         sleep_s_at_zero=sleeps[0] - sleep_slope * _LARGE_BYTES,
         asleep_bytes=round(_row(residual, "8B with decode graphs to batch 32: asleep after work") * _MIB),
@@ -113,6 +119,9 @@ def costs(
         step_s_per_request=measured.step_s_per_request,
         step_s_per_token=kv_bytes_per_token / measured.bytes_per_s / speed,
         wake_s=max(0.005, measured.wake_s_at_zero + measured.wake_s_per_byte * part_bytes),
+        wake_in_place_s=max(
+            0.005, measured.wake_in_place_s_at_zero + measured.wake_in_place_s_per_byte * part_bytes
+        ),
         sleep_s=max(0.001, measured.sleep_s_at_zero + measured.sleep_s_per_byte * part_bytes),
         start_s=_START_S,
         map_s_per_page=measured.map_s_per_page,

@@ -28,7 +28,7 @@ def controller_config(
 ) -> Config:
     """The models.toml that this fleet would have. All engines start at once: a replay begins when they are up."""
     listed = list(part_specs(fleet.models, parts or {}))
-    limits = scheduler or SchedulerConfig(start_parallel=len(listed))
+    limits = scheduler or SchedulerConfig(start_parallel=len(listed), spares=fleet.num_devices > 1)
     return Config(
         server=ServerConfig(max_queue=_MOST_QUEUED),
         memory=MemoryConfig(kv_page_bytes=128 << 20, weights_page_bytes=128 << 20),

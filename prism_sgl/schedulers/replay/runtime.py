@@ -220,7 +220,8 @@ class ReplayRuntime:
 
     def _copy(self, kept_bytes: int) -> None:
         """Only what neighbours have taken: 0.10 s for an 8B that lost 30 %, 0.32 s for all (wake.json)."""
-        seconds = self._costs.wake_s * (1 - kept_bytes / self._costs.weights_bytes)
+        lost = 1 - kept_bytes / self._costs.weights_bytes
+        seconds = max(self._costs.wake_in_place_s, self._costs.wake_s * lost)
         self._device.copying(1)
         # Not _after: the link is free again though the process may have died meanwhile.
         self._world.after(seconds, lambda: self._woke(seconds))

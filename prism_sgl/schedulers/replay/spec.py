@@ -32,6 +32,7 @@ class ModelCosts:
     sleep_s: float
     start_s: float
     map_s_per_page: float
+    wake_in_place_s: float = 0.0  # a wake that finds all its weights where they were: no wake takes less
     max_running: int = 128
     pass_tokens: int = 8192  # SGLang's chunked_prefill_size on an 80 GB card
 
