@@ -22,10 +22,16 @@ from prism_sgl.messages import (
     WakeFailed,
     Woke,
 )
+from prism_sgl.schedulers import placement
 from prism_sgl.schedulers.bursts import Option, better
 from prism_sgl.schedulers.controller import Command
+from prism_sgl.schedulers.fleet import Fleet
+from prism_sgl.schedulers.memory_plan import Room, Verdict
+from prism_sgl.schedulers.placement import Choice
+from prism_sgl.schedulers.records import Runtime
 from prism_sgl.schedulers.replay.prism import replay_prism
 from prism_sgl.schedulers.replay.spec import Arrival, Replayed
+from prism_sgl.schedulers.room import RoomMaker
 from tests.schedulers.by_hand import (
     FLOOR,
     MIB,
@@ -218,6 +224,35 @@ def test_spare_that_finds_no_memory_leaves_the_burst_to_its_old_home() -> None:
     assert woken, "the request waits for nobody"
     served = router.runtime(Woke(runtime=woken[0].runtime, seconds=0.01))
     assert granted(served) == ["r1"]
+
+
+def test_devices_that_each_look_better_from_the_other_are_not_swapped_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It sleeps on both and has room on neither; within one event nothing else changes."""
+    router = two_devices()
+    router.admin("sleep")
+    router.slept(HOME)
+    swaps: list[float] = []
+    swap_home = Fleet.swap_home
+
+    def swap(self: Fleet, spare: Runtime, why: str) -> None:
+        swaps.append(router.now)
+        assert len(swaps) < 10, "for ever"
+        swap_home(self, spare, why)
+
+    monkeypatch.setattr(Fleet, "swap_home", swap)
+    monkeypatch.setattr(
+        placement,
+        "choose",
+        lambda its, places, unit: Choice([place.device for place in places][-1], "better"),
+    )
+    monkeypatch.setattr(RoomMaker, "find", lambda rooms, needs, *_: {needs[0]: Room(Verdict.BLOCKED)})
+    router.submit("r1")
+    assert swaps == [router.now]
+    router.wait(5)
+    assert len(swaps) <= 3
+    assert len(set(swaps)) == len(swaps), "twice in one event"
 
 
 # ---------------------------------------------------------------- in a replay
