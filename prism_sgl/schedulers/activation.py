@@ -256,9 +256,9 @@ class Activation:
 
     def _device_for(self, model: Model, want: _Want, seen: _Pass) -> Device | None:
         """Where it sleeps, or where placement puts it; None if it can be awake nowhere, or moves first."""
-        spare = model.spare if model.runtime.state is ASLEEP else None
-        if self._lifecycle.is_set_aside(model.runtime):
-            spare = None  # those requests go on where they are, and nowhere else
+        # Requests that were set aside go on where they are, and nowhere else.
+        is_free = model.runtime.state is ASLEEP and not self._lifecycle.is_set_aside(model.runtime)
+        spare = model.spare if is_free else None
         # What a model keeps asleep counts as the home's on one device and as a spare's on the other: near the edge of
         # what fits each looks better from the other one, so it is asked now and then only, or they would swap for ever.
         if spare is not None and spare.is_spare and seen.now >= want.chosen_at + self._limits.min_residence_s:

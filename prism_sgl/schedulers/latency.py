@@ -59,11 +59,11 @@ class LatencyEstimate:
         return prompt_tokens * (1.0 - self.hit_ratio)
 
     def estimate_s(self, prompt_tokens: int) -> float:
-        return self.alpha_s + self.s_per_token * self.uncached_tokens(prompt_tokens)
+        return self.uncached_s(self.uncached_tokens(prompt_tokens))
 
-    def uncached_s(self, prompt_tokens: int) -> float:
-        """Where the prefix cache has nothing of it."""
-        return self.alpha_s + self.s_per_token * prompt_tokens
+    def uncached_s(self, tokens: float) -> float:
+        """Of a prompt of which the prefix cache has nothing."""
+        return self.alpha_s + self.s_per_token * tokens
 
     def observe_hits(self, prompt_tokens: int, cached_tokens: int) -> None:
         """From an answer's usage."""
