@@ -40,6 +40,12 @@ def evict_pages(tree: Any, allocator: ElasticAllocator, used: Ints, num_pages: i
     return _carry_out(tree, allocator, nodes, cuts.keep[:-1]), emptied
 
 
+def rehearse(allocator: ElasticAllocator) -> None:
+    """Have the device load what a look at the tree needs (ElasticBlocks.rehearse says why)."""
+    ids = torch.arange(2, device=allocator.device)
+    _look(allocator.layout.pages(ids), np.zeros(1, dtype=np.int64), 1)
+
+
 class _Cuts:
     """How many blocks each node keeps. Nodes are counted as in the list, parents before children.
 
@@ -49,22 +55,19 @@ class _Cuts:
 
     def __init__(self, nodes: list[Any], allocator: ElasticAllocator, used: Ints) -> None:
         block_tokens = allocator.page_size
-        # One look at the device for all nodes.
-        ids = torch.cat([node.value for node in nodes])[::block_tokens] // block_tokens
-        page_of: Ints = allocator.layout.pages(ids).cpu().numpy()
         self._length = np.array([len(node.value) // block_tokens for node in nodes] + [0], dtype=np.int64)
         start = np.concatenate(([0], np.cumsum(self._length[:-1])))
         self.keep = self._length.copy()
         self._find_parents(nodes)
 
+        ids = torch.cat([node.value for node in nodes])[::block_tokens] // block_tokens
+        held, begins, page_of = _look(allocator.layout.pages(ids), start[:-1], len(used))
         self._num_pages = len(used)
         # Others hold blocks of the remaining pages: no eviction empties those.
-        self._can_go = (np.bincount(page_of, minlength=len(used)) == used) & (used > 0)
+        self._can_go = (held == used) & (used > 0)
         # Pairs (page, node), and where in the node the page begins. Neighbouring blocks mostly share both.
-        changes = np.flatnonzero(np.diff(page_of, prepend=-1))
-        begins = np.union1d(changes, start[:-1][self._length[:-1] > 0])
         node_of = np.searchsorted(start[:-1], begins, side="right") - 1
-        pairs, first = np.unique(page_of[begins] * len(nodes) + node_of, return_index=True)
+        pairs, first = np.unique(page_of * len(nodes) + node_of, return_index=True)
         wanted = self._can_go[pairs // len(nodes)]
         self._pair_page, self._pair_node = np.divmod(pairs[wanted], len(nodes))
         self._pair_first = begins[first[wanted]] - start[self._pair_node]
@@ -89,12 +92,13 @@ class _Cuts:
 
     def _find_parents(self, nodes: list[Any]) -> None:
         number = {id(node): index for index, node in enumerate(nodes)}
-        self._parent = np.array([number.get(id(node.parent), len(nodes)) for node in nodes] + [len(nodes)])
-        levels = []
-        level = np.flatnonzero(self._parent[:-1] == len(nodes))
-        while len(level := np.flatnonzero(np.isin(self._parent[:-1], level))):
-            levels.append(level)
-        self._levels = levels  # nodes whose parent is here too, by depth
+        parents = [number.get(id(node.parent), len(nodes)) for node in nodes]
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(0 if parent == len(nodes) else depths[parent] + 1)
+        self._parent = np.array([*parents, len(nodes)])
+        # Nodes whose parent is here too, by depth.
+        self._levels = [np.flatnonzero(np.equal(depths, depth)) for depth in range(1, max(depths) + 1)]
 
     def _costs(self) -> Ints:
         """Blocks lost, for each page that would be emptied now; 0: it is empty."""
@@ -120,6 +124,20 @@ class _Cuts:
         for level in self._levels:
             parent = self._parent[level]
             self.keep[level[self.keep[parent] < self._length[parent]]] = 0
+
+
+def _look(pages: torch.Tensor, starts: Ints, num_pages: int) -> tuple[Ints, Ints, Ints]:
+    """Of all nodes' blocks, one node after the other, each from ``starts`` on: how many are on each page; where
+    another page or node begins, ascending; and the page of each such place. ``pages[blocks]``: the page of each block.
+
+    Counted where they are: the answer is a hundred times shorter.
+    """
+    is_begin = torch.ones_like(pages, dtype=torch.bool)
+    torch.ne(pages[1:], pages[:-1], out=is_begin[1:])
+    is_begin[torch.from_numpy(starts).to(pages.device)] = True
+    begins = is_begin.nonzero().flatten()
+    held = torch.bincount(pages, minlength=num_pages)
+    return held.cpu().numpy(), begins.cpu().numpy(), pages[begins].cpu().numpy()
 
 
 def _carry_out(tree: Any, allocator: ElasticAllocator, nodes: list[Any], keep: Ints) -> int:

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from prism_sgl import footprint
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
+from prism_sgl.engine import page_eviction
 from prism_sgl.engine.overhead import prefill_bytes
 from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError
 from prism_sgl.engine.safe_point import SafePoint
@@ -51,6 +52,7 @@ def bind(scheduler: Any) -> RuntimeFacts:
     floor = min(floor, ceiling)
     memory.owner.set_quota(floor, ceiling)
     point.allocator.rehearse()
+    page_eviction.rehearse(point.allocator)
     memory.device.trim()
     memory.overhead.settle(0)
     asleep = memory.owner.held(Kind.OVERHEAD)

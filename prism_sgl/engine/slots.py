@@ -41,15 +41,10 @@ class ElasticBlocks:
     free_pages: torch.Tensor
     release_pages: torch.Tensor
     _kvcache: Any
-    _usable: npt.NDArray[np.bool_]
 
     if TYPE_CHECKING:
 
         def merge_and_sort_free(self) -> None: ...  # SGLang's (allocator/base.py)
-
-    def init_elastic(self) -> None:
-        self._usable = np.zeros(self.elastic.pages.num_blocks, dtype=bool)
-        self._mark_usable(self.elastic.usable_ranges(), True)
 
     @property
     def elastic(self) -> ElasticPool:
@@ -63,10 +58,10 @@ class ElasticBlocks:
 
     def clear(self) -> None:
         """Every usable block is free again (SGLang calls this at start and in ``flush_cache``)."""
-        if not hasattr(self, "_usable"):
-            self.init_elastic()
-        self.free_pages = torch.from_numpy(self._usable_ids()).to(self.device)
+        self.free_pages = torch.empty((0,), dtype=torch.int64, device=self.device)
         self.release_pages = torch.empty((0,), dtype=torch.int64, device=self.device)
+        self.add_blocks(self.elastic.usable_ranges())
+        self.merge_and_sort_free()
         self.is_not_in_free_group = True
         self.free_group: list[torch.Tensor] = []
         self.free_page_reps_group: list[torch.Tensor] = []
@@ -101,16 +96,15 @@ class ElasticBlocks:
     # -- growing and shrinking, at safe points only
 
     def add_blocks(self, ranges: Sequence[range]) -> None:
-        """Pages were mapped: these blocks are usable now."""
+        """Pages were mapped: these blocks are usable now, and sorted in when they are needed, like freed ones."""
         if not ranges:
-            return  # a sort for nothing would cost every turn of an engine that has all it may have
-        self._mark_usable(ranges, True)
+            return
         # Made on the device: a copy to it would queue behind the weights of a model that wakes.
         fresh = [
             self.layout.ids(torch.arange(max(r.start, 1), r.stop, dtype=torch.int64, device=self.device))
             for r in ranges
         ]
-        self.free_pages, _ = torch.sort(torch.cat((self.free_pages, *fresh)))
+        self.release_pages = torch.cat((self.release_pages, *fresh))
 
     def tidy(self) -> None:
         """Sort released blocks back when they have become many, so that low pages are filled first."""
@@ -123,14 +117,13 @@ class ElasticBlocks:
         Counted there: the lists hold as many numbers as there are tokens, the answer one a page.
         """
         pages = self.elastic.pages
-        padded = np.zeros(pages.num_pages * pages.blocks_per_page, dtype=bool)
-        padded[: pages.num_blocks] = self._usable
-        usable = padded.reshape(pages.num_pages, pages.blocks_per_page).sum(axis=1)
+        usable = np.zeros(pages.num_pages, dtype=np.int64)
+        usable[list(pages.mapped_pages)] = pages.blocks_per_page
+        if pages.is_mapped(pages.num_pages - 1):
+            usable[-1] = len(pages.blocks_of(range(pages.num_pages - 1, pages.num_pages)))
         free = self.layout.pages(torch.cat((self.free_pages, self.release_pages)))
-        per_page: npt.NDArray[np.int64] = (
-            usable - torch.bincount(free, minlength=pages.num_pages).cpu().numpy()
-        )
-        return per_page
+        free_per_page: npt.NDArray[np.int64] = torch.bincount(free, minlength=pages.num_pages).cpu().numpy()
+        return usable - free_per_page
 
     def empty_pages(self, used: npt.NDArray[np.int64] | None = None) -> list[int]:
         """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back.
@@ -151,7 +144,7 @@ class ElasticBlocks:
         keep = torch.from_numpy(~gone).to(self.device)
         # The list forgets the blocks before the memory goes: an unmapped block must never be handed out.
         self.free_pages = self.free_pages[keep[self.layout.pages(self.free_pages)]]
-        self._mark_usable(self.elastic.shrink([range(p, p + 1) for p in chosen]), False)
+        self.elastic.shrink([range(p, p + 1) for p in chosen])
         return len(chosen)
 
     def rehearse(self) -> None:
@@ -169,7 +162,6 @@ class ElasticBlocks:
         """Sleep: no block is usable any more. Only when nothing is used."""
         assert self.used_blocks() == 0, f"{self.used_blocks()} blocks are in use"
         self.elastic.close_all()
-        self._usable[:] = False
         self.clear()
 
     def reopen(self) -> bool:
@@ -185,18 +177,9 @@ class ElasticBlocks:
         blocks = self.layout.blocks(ids)
         assert len(np.unique(ids)) == len(ids), "a block is twice in the free list"
         assert bool((self.layout.ids(blocks) == ids).all()), "a free slot lies between two planes"
-        assert bool(self._usable[blocks].all()), "a free block is on an unmapped page"
+        assert all(map(self.elastic.pages.is_usable, blocks.tolist())), "a free block is on an unmapped page"
         assert 0 not in ids, "the padding block is in the free list"
-        assert int(self._usable.sum()) == self.elastic.pages.usable_blocks
         self.elastic.check()
-
-    def _usable_ids(self) -> npt.NDArray[np.int64]:
-        blocks = np.flatnonzero(self._usable).astype(np.int64)
-        return self.layout.ids(blocks[blocks > 0])
-
-    def _mark_usable(self, ranges: Iterable[range], usable: bool) -> None:
-        for r in ranges:
-            self._usable[r.start : r.stop] = usable
 
 
 class ElasticTokenAllocator(ElasticBlocks, TokenToKVPoolAllocator):
