@@ -32,7 +32,7 @@ from benchmarks.gpu.harness import (
     bounded,
 )
 from benchmarks.gpu.results import Results, result_path
-from benchmarks.gpu.stats import Ratio, percentile, ratio_of_pairs
+from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_rounds
 from prism_sgl.allocator.ledger import Kind, Ledger
 from prism_sgl.messages import RuntimeState
 from prism_sgl.units import GRANULE_BYTES
@@ -172,7 +172,10 @@ class StandInCard(Handler):
 
     def do_churn(self, page_bytes: int, total_bytes: int, seconds: float) -> dict[str, float]:
         time.sleep(seconds)
-        return {"cycles": 3, "seconds": seconds, "cycles_per_s": 3 / seconds}
+        return {"cycles": 3, "seconds": seconds}
+
+    def do_allocate(self, total_bytes: int, seconds: float) -> dict[str, float]:
+        return self.do_churn(0, total_bytes, seconds)
 
 
 @pytest.fixture
@@ -198,20 +201,20 @@ def test_percentile_is_linear_between_neighbours() -> None:
         percentile([], 0.5)
 
 
-def test_equal_pairs_have_an_interval_of_no_width() -> None:
-    ratio = ratio_of_pairs([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])
+def test_equal_rounds_have_an_interval_of_no_width() -> None:
+    ratio = ratio_of_rounds([[2.0], [4.0], [8.0]], [[1.0], [2.0], [4.0]], mean)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_interval_of_noisy_pairs_covers_the_truth_and_is_repeatable() -> None:
-    """95 of 100 would be the promise; seven pairs are few, so somewhat less is expected of the bootstrap."""
+def test_interval_of_noisy_rounds_covers_the_truth_and_is_repeatable() -> None:
+    """95 of 100 would be the promise; seven rounds are few, so somewhat less is expected of the bootstrap."""
     dice = random.Random(3)
     covered = 0
     for _ in range(40):
-        moods = [dice.uniform(50, 150) for _ in range(7)]
-        ours = [mood * 0.99 * math.exp(dice.gauss(0, 0.01)) for mood in moods]
-        ratio = ratio_of_pairs(ours, moods)
-        assert ratio == ratio_of_pairs(ours, moods)
+        moods = [[dice.uniform(50, 150)] for _ in range(7)]
+        ours = [[mood * 0.99 * math.exp(dice.gauss(0, 0.01))] for (mood,) in moods]
+        ratio = ratio_of_rounds(ours, moods, mean)
+        assert ratio == ratio_of_rounds(ours, moods, mean)
         covered += ratio.low <= 0.99 <= ratio.high
     assert covered >= 30
 
@@ -222,9 +225,20 @@ def test_the_worse_end_of_the_interval_decides() -> None:
     assert ratio.within(0.005, bigger_is_better=False)
 
 
-def test_unequal_numbers_of_measurements_are_no_pairs() -> None:
+def test_a_quantile_is_of_all_samples_and_resampled_by_rounds() -> None:
+    """Two bursts, one slow as a whole: a bootstrap over samples would not see that it may be drawn twice."""
+    fast, slow = [1.0, 1.0, 1.0], [3.0, 3.0, 3.0]
+    ratio = ratio_of_rounds([fast, slow], [[1.0, 1.0], [1.0, 1.0]], quantile(0.5))
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 1.0, 3.0)
+
+
+def test_a_ratio_turned_round_keeps_its_ends_in_order() -> None:
+    assert Ratio(0.5, 0.25, 2.0).inverse() == Ratio(2.0, 0.5, 4.0)
+
+
+def test_unequal_numbers_of_rounds_cannot_be_compared() -> None:
     with pytest.raises(ValueError):
-        ratio_of_pairs([1.0], [])
+        ratio_of_rounds([[1.0]], [], mean)
 
 
 # ---------------------------------------------------------------- results
@@ -409,10 +423,10 @@ def test_flags_of_ours_and_stock_are_the_same(tmp_path: Path, monkeypatch: pytes
     ("name", "options", "num_rows"),
     [
         ("wake", ["--cycles", "2"], 25),
-        ("overhead", ["--pairs", "2", "--low-requests", "2"], 12),
+        ("overhead", ["--rounds", "2", "--requests", "2"], 22),
         ("residual", [], 14),
         ("share", ["--rounds", "2"], 10),
-        ("neighbours", ["--rounds", "1"], 3),
+        ("neighbours", ["--rounds", "1"], 15),
         ("coserve", ["--seconds", "0.5", "--systems", "stock,ours,kvcached"], 7),
     ],
 )

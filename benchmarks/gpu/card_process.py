@@ -1,15 +1,16 @@
-"""Children that load or ask the card without an engine: link speed, a bare context, mapping without pause."""
+"""Children that load or ask the card without an engine: link speed, a bare context, memory that comes and goes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu.engine_process import Handler, process_tree
 
 
 class CardHandler(Handler):
-    """Verbs: ``context``, ``hold``, ``link``, ``churn``."""
+    """Verbs: ``context``, ``hold``, ``link``, ``churn``, ``allocate``."""
 
     def __init__(self) -> None:
         self._held: list[Any] = []
@@ -49,19 +50,37 @@ class CardHandler(Handler):
         return rates
 
     def do_churn(self, page_bytes: int, total_bytes: int, seconds: float) -> dict[str, float]:
-        """Map and unmap so many bytes without pause, as the product does it; returns cycles and GiB a second."""
+        """Map and unmap so many bytes without pause, as the product does it; returns cycles and seconds."""
         from prism_sgl.allocator.vmm_cuda import CudaArena
 
         num_pages = total_bytes // page_bytes
         arena = CudaArena("churn", num_pages, page_bytes, zeroed=False)
-        cycles = 0
-        began = time.perf_counter()
+
+        def cycle() -> None:
+            arena.map([range(num_pages)])
+            arena.unmap([range(num_pages)])
+
         try:
-            while time.perf_counter() - began < seconds:
-                arena.map([range(num_pages)])
-                arena.unmap([range(num_pages)])
-                cycles += 1
-            spent = time.perf_counter() - began
+            return _without_pause(cycle, seconds)
         finally:
             arena.close()
-        return {"cycles": cycles, "seconds": spent, "cycles_per_s": cycles / spent}
+
+    def do_allocate(self, total_bytes: int, seconds: float) -> dict[str, float]:
+        """cudaMalloc and cudaFree of so many bytes without pause, through torch; returns cycles and seconds."""
+        import torch
+
+        def cycle() -> None:
+            taken = torch.empty(total_bytes, dtype=torch.uint8, device="cuda")
+            del taken
+            torch.cuda.empty_cache()
+
+        return _without_pause(cycle, seconds)
+
+
+def _without_pause(cycle: Callable[[], None], seconds: float) -> dict[str, float]:
+    cycles = 0
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        cycle()
+        cycles += 1
+    return {"cycles": cycles, "seconds": spent}

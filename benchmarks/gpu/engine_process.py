@@ -148,11 +148,15 @@ class EngineHandler(Handler):
     def do_cycle(self, actions: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         """These actions one after the other, without pause, for so long (the last cycle is completed)."""
         times: list[list[float]] = [[] for _ in actions]
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
             for index, action in enumerate(actions):
                 times[index].append(self._act(action))
-        return {"cycles": len(times[0]) if times else 0, "times": times}
+        return {
+            "cycles": len(times[0]) if times else 0,
+            "times": times,
+            "seconds": time.monotonic() - began,
+        }
 
     def do_pids(self) -> list[int]:
         return process_tree()

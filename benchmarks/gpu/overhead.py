@@ -1,19 +1,26 @@
 """What elastic memory costs an engine that is alone: ours against plain SGLang, 8B geometry, the same flags.
 
-    python -m benchmarks.gpu.overhead [--quick] [--pairs 7]
+    python -m benchmarks.gpu.overhead [--quick] [--rounds 12] [--requests 150]
 
-Both engines stand on one card and start at once; they take turns, A B then B A, each idle while the other is
-measured. Pools are equal, prompts differ in every burst, so that the prefix cache is full and evicting from the third
-burst on. Low load: requests of 512 in + 64 out one after the other. Full load: 128 at once, 256 in + 256 out. The
-first pair of each warms up and is not counted. Device time: about 4 minutes with the model in /dev/shm (90 s of them
-start-up; a pair takes 17 s). Needs 70 GiB of card memory (two 8B with 12 GiB of KV each). A row is met when the worse
-end of the 95 % interval over the pairs is within 0.5 %.
+Three engines stand on one card and start at once: ours, and plain SGLang twice. In each round all take a turn, each
+idle while another is measured, in an order that rotates. The peer is both plain ones together; one against the other
+says what the comparison can tell at all: where a model's weights happened to come to lie on the card is worth 0.7 % of
+a decode step (docs/benchmarks.md), and percentiles are noisy.
+
+Pools are equal, prompts differ in every round, so that the prefix cache is full and evicting from the second burst on.
+Full load: a round is 128 requests at once, 192 in + 192 out. Low load: a round is one request, 512 in + 32 out. The
+first rounds warm up and are not counted. Device time: about 6 minutes with the model in /dev/shm (110 s of them
+start-up; a round of full load takes 8 s, of low load 0.7). Needs 74 GiB of card memory. A row is met when the worse end
+of the 95 % interval over the rounds is within 0.5 %.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.harness import (
@@ -30,68 +37,101 @@ from benchmarks.gpu.harness import (
     wait_all,
 )
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.stats import percentile, ratio_of_pairs
+from benchmarks.gpu.stats import Ratio, Samples, Statistic, mean, quantile, ratio_of_rounds
 
 TARGET = 0.005
-KV_TOKENS = 96_000  # 12 GiB of an 8B: a burst of 65,536 does not fit beside the burst before
-FULL_REQUESTS = 128
+KV_TOKENS = 54_000  # 6.6 GiB of an 8B: a burst of full load does not fit beside the burst before
 
-# (name, of a burst, bigger is better, unit)
-METRICS: list[tuple[str, Callable[[Burst], float], bool, str]] = [
-    ("throughput, in + out", lambda b: _tokens(b) / b.wall_s, True, "tokens/s"),
-    ("TTFT p50", lambda b: percentile(b.ttfts_s, 0.5) * 1e3, False, "ms"),
-    ("TTFT p99", lambda b: percentile(b.ttfts_s, 0.99) * 1e3, False, "ms"),
-    ("TPOT p50", lambda b: percentile(b.tpots_s, 0.5) * 1e3, False, "ms"),
-    ("TPOT p99", lambda b: percentile(b.tpots_s, 0.99) * 1e3, False, "ms"),
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of round."""
+
+    name: str
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    warm_up: int
+    seed: int
+
+    def asks(self, number: int) -> list[Ask]:
+        """The same prompts for all engines of a round, others in every round."""
+        first = self.seed + number * self.requests
+        return [Ask(first + n, self.tokens_in, self.tokens_out) for n in range(self.requests)]
+
+    @property
+    def tokens(self) -> int:
+        return self.requests * (self.tokens_in + self.tokens_out)
+
+
+FULL = Load("full load, 128 x (192 in + 192 out)", 128, 192, 192, warm_up=2, seed=10_000_000)
+LOW = Load("low load, one request at a time, 512 in + 32 out", 1, 512, 32, warm_up=5, seed=20_000_000)
+
+# (name, seconds of a burst, of all of them)
+TIMES: list[tuple[str, Callable[[Burst], list[float]], Statistic]] = [
+    ("TTFT p50", lambda burst: burst.ttfts_s, quantile(0.5)),
+    ("TTFT p99", lambda burst: burst.ttfts_s, quantile(0.99)),
+    ("TPOT p50", lambda burst: burst.tpots_s, quantile(0.5)),
+    ("TPOT p99", lambda burst: burst.tpots_s, quantile(0.99)),
 ]
 
 
-def _tokens(burst: Burst) -> int:
-    prompt_tokens: int = sum(answer["prompt_tokens"] for answer in burst.answers)
-    return burst.new_tokens + prompt_tokens
-
-
-def asks(load: str, pair: int, num_low: int) -> list[Ask]:
-    """The same prompts for both engines of a pair, others in every pair."""
-    base = (pair + 1) * 100_000
-    if load == "low":
-        return [Ask(base + n, 512, 64) for n in range(num_low)]
-    return [Ask(base + 50_000 + n, 256, 256) for n in range(FULL_REQUESTS)]
-
-
-def measure(engine: Engine, load: str, pair: int, num_low: int) -> Burst:
-    requests = asks(load, pair, num_low)
-    burst = engine.burst(requests, one_by_one=load == "low")
+def measure(engine: Engine, load: Load, number: int) -> Burst:
+    burst = engine.burst(load.asks(number))
     if burst.errors:
         raise RuntimeError(
             f"{engine.name}: {len(burst.errors)} requests failed, the first: {burst.errors[0]}"
         )
-    for request, answer in zip(requests, burst.answers, strict=True):
-        answer["prompt_tokens"] = request.tokens
     return burst
 
 
-def report(results: Results, load: str, bursts: dict[str, list[Burst]]) -> None:
-    label = (
-        "low load, one request at a time, 512 in + 64 out"
-        if load == "low"
-        else f"full load, {FULL_REQUESTS} x (256 in + 256 out)"
-    )
-    num_pairs = min(len(bursts["ours"]), len(bursts["stock"]))
-    for name, of, bigger_is_better, unit in METRICS:
-        ours = [of(burst) for burst in bursts["ours"][:num_pairs]]
-        stock = [of(burst) for burst in bursts["stock"][:num_pairs]]
-        ratio = ratio_of_pairs(ours, stock)
+def report(results: Results, load: Load, bursts: dict[str, list[Burst]]) -> None:
+    """``bursts``: of each engine, round by round."""
+
+    def sides(of: Callable[[Burst], list[float]]) -> tuple[Samples, Samples, Samples, Samples]:
+        ours, stock, twin = (
+            np.array([of(burst) for burst in bursts[name]]) for name in ("ours", "stock", "twin")
+        )
+        return ours, np.concatenate((stock, twin), axis=1), stock, twin
+
+    def add(
+        name: str,
+        values: tuple[float, float],
+        unit: str,
+        ratio: Ratio,
+        control: Ratio,
+        *,
+        bigger_is_better: bool = False,
+    ) -> None:
+        what = f"{load.name}: {name}"
         results.add(
-            f"{label}: {name}",
-            sum(ours) / num_pairs,
-            sum(stock) / num_pairs,
+            what,
+            *values,
             unit,
             ratio=ratio,
             target="worse end of the interval within 0.5 %",
             met=ratio.within(TARGET, bigger_is_better=bigger_is_better),
-            note=f"{num_pairs} pairs, ratios "
-            + " ".join(f"{mine / theirs:.4f}" for mine, theirs in zip(ours, stock, strict=True)),
+            note=f"{len(bursts['ours'])} rounds",
+        )
+        results.add(f"{what}, plain SGLang against itself", None, values[1], unit, ratio=control)
+
+    ours, peers, stock, twin = sides(lambda burst: [burst.wall_s])
+    add(
+        "throughput, in + out",
+        (load.tokens / mean(ours.ravel()), load.tokens / mean(peers.ravel())),
+        "tokens/s",
+        ratio_of_rounds(ours, peers, mean).inverse(),
+        ratio_of_rounds(twin, stock, mean).inverse(),
+        bigger_is_better=True,
+    )
+    for name, of, statistic in TIMES:
+        ours, peers, stock, twin = sides(of)
+        add(
+            name,
+            (statistic(ours.ravel()) * 1e3, statistic(peers.ravel()) * 1e3),
+            "ms",
+            ratio_of_rounds(ours, peers, statistic),
+            ratio_of_rounds(twin, stock, statistic),
         )
 
 
@@ -114,63 +154,64 @@ def same_tokens(ours: Engine, stock: Engine, results: Results) -> None:
         )
 
 
+def compare(results: Results, engines: dict[str, Engine], load: Load, rounds: int) -> None:
+    bursts: dict[str, list[Burst]] = {name: [] for name in engines}
+    say_each = max(1, rounds // 6)
+    for number in range(rounds + load.warm_up):
+        order = [*engines.items()]
+        order = order[number % len(order) :] + order[: number % len(order)]
+        with results.attempt(f"{load.name}, round {number}"):
+            measured = {name: measure(engine, load, number) for name, engine in order}
+            if number >= load.warm_up:
+                for name, burst in measured.items():
+                    bursts[name].append(burst)
+            if number % say_each == 0:
+                walls = ", ".join(f"{name} {measured[name].wall_s:.3f} s" for name in engines)
+                say(f"{load.name}, round {number}: {walls}")
+        if bursts["ours"] and len(bursts["ours"]) % (2 * say_each) == 0:  # in case time runs out
+            report(results, load, bursts)
+    with results.attempt(load.name):
+        report(results, load, bursts)
+
+
 def run(args: argparse.Namespace) -> None:
     results = open_results("overhead")
     (model,) = ensure_models("llama8b")
     flags = {
         "max_total_tokens": KV_TOKENS,
-        "max_running_requests": FULL_REQUESTS,
-        "cuda_graph_max_bs_decode": FULL_REQUESTS,
+        "max_running_requests": FULL.requests,
+        "cuda_graph_max_bs_decode": FULL.requests,
         "log_level": "warning",
     }
     kv_bytes = KV_TOKENS * KV_BYTES_PER_TOKEN["llama8b"]
     with Card(16 * GIB + kv_bytes + 10 * GIB) as card:
         ours = card.ours("ours", model, ceiling_bytes=kv_bytes + GIB, **flags)
         stock = card.stock("stock", model, **flags)
-        with results.attempt("start of both engines"):
-            wait_all([ours, stock])
-        if not (ours.is_ready and stock.is_ready):
+        twin = card.stock("twin", model, **flags)
+        engines = {engine.name: engine for engine in (ours, stock, twin)}
+        with results.attempt("start of all engines"):
+            wait_all([*engines.values()])
+        if not all(engine.is_ready for engine in engines.values()):
             return
         for name, values in different_flags(ours, stock).items():
             say(f"flag {name}: ours {values[0]}, stock {values[1]}")
         with results.attempt("greedy answers equal to stock"):
             same_tokens(ours, stock, results)
-        loads = ("full", "low") if not args.load else (args.load,)
-        bursts: dict[str, dict[str, list[Burst]]] = {load: {"ours": [], "stock": []} for load in loads}
-        for pair in range(args.pairs + 1):
-            for load in loads:
-                order = [("ours", ours), ("stock", stock)]
-                with results.attempt(f"pair {pair}, {load} load"):
-                    measured = {
-                        who: measure(engine, load, pair, args.low_requests)
-                        for who, engine in (order if pair % 2 else order[::-1])
-                    }
-                    for who, burst in measured.items():
-                        if pair:
-                            bursts[load][who].append(burst)
-                        say(
-                            f"pair {pair} {load:4} {who:5}: {_tokens(burst) / burst.wall_s:9.1f} tokens/s, "
-                            f"TTFT p50 {percentile(burst.ttfts_s, 0.5) * 1e3:7.2f} ms, "
-                            f"TPOT p50 {percentile(burst.tpots_s, 0.5) * 1e3:6.3f} ms"
-                        )
-            if pair == args.pairs or (pair and pair % 3 == 0):  # now and then, in case time runs out
-                for load in loads:
-                    if bursts[load]["ours"]:
-                        report(results, load, bursts[load])
+        compare(results, engines, FULL, args.rounds)
+        compare(results, engines, LOW, args.requests)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two pairs")
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--low-requests", type=int, default=8, help="of a low-load burst, about 0.5 s each")
-    parser.add_argument("--load", choices=("low", "full"))
-    parser.add_argument("--limit", type=float, default=330, help="seconds, then what is measured is kept")
+    parser.add_argument("--quick", action="store_true", help="three rounds, fifteen requests")
+    parser.add_argument("--rounds", type=int, default=12, help="of full load")
+    parser.add_argument("--requests", type=int, default=150, help="rounds of low load")
+    parser.add_argument("--limit", type=float, default=400, help="seconds, then what is measured is kept")
     args = parser.parse_args()
     if args.quick:
-        args.pairs = 2
+        args.rounds, args.requests = 3, 15
     with bounded(args.limit):
         run(args)
 

@@ -1,19 +1,31 @@
-"""Percentiles, and the interval of a ratio from interleaved pairs."""
+"""Percentiles, and the interval of a ratio from interleaved rounds."""
 
 from __future__ import annotations
 
 import math
-import random
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-_RESAMPLES = 10_000
+import numpy as np
+import numpy.typing as npt
+
+_RESAMPLES = 4000
+
+Samples = npt.NDArray[np.float64]
+Statistic = Callable[[Samples], Any]  # over the last axis
+
+mean: Statistic = partial(np.mean, axis=-1)
+
+
+def quantile(share: float) -> Statistic:
+    return partial(np.quantile, q=share, axis=-1)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours over the peer's: geometric mean over the pairs, and its 95 % interval."""
+    """Ours over the peer's, and its 95 % interval."""
 
     value: float
     low: float
@@ -24,6 +36,9 @@ class Ratio:
         if bigger_is_better:
             return self.low >= 1.0 - share
         return self.high <= 1.0 + share
+
+    def inverse(self) -> Ratio:
+        return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -37,15 +52,30 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def ratio_of_pairs(ours: Sequence[float], peers: Sequence[float], *, seed: int = 1) -> Ratio:
-    """Bootstrap over pairs: the two of a pair were measured one after the other, so they share the card's mood."""
-    if len(ours) != len(peers) or not ours:
-        raise ValueError(f"{len(ours)} and {len(peers)} measurements are no pairs")
-    logs = [math.log(mine / other) for mine, other in zip(ours, peers, strict=True)]
-    dice = random.Random(seed)
-    means = sorted(statistics.fmean(dice.choices(logs, k=len(logs))) for _ in range(_RESAMPLES))
+def ratio_of_rounds(
+    ours: npt.ArrayLike, peers: npt.ArrayLike, statistic: Statistic, *, seed: int = 1
+) -> Ratio:
+    """``statistic`` of all our samples over that of all the peer's. Each ``[rounds, samples of a round]``.
+
+    Bootstrap over rounds, not over samples: those of one round were measured one after the other, so they share the
+    card's mood, and requests of one burst wait for each other.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (ours, peers)]
+    rounds = {len(side) for side in sides}
+    if len(rounds) > 1 or 0 in rounds:
+        raise ValueError(f"{rounds} rounds of measurements cannot be compared")
+    num_rounds = rounds.pop()
+    chosen = np.random.default_rng(seed).integers(num_rounds, size=(_RESAMPLES, num_rounds))
+    # A part at a time: all at once would be gigabytes.
+    ratios = [
+        mine / theirs
+        for part in np.array_split(chosen, 40)
+        for mine, theirs in zip(
+            *(statistic(side[part].reshape(len(part), -1)) for side in sides), strict=True
+        )
+    ]
     return Ratio(
-        value=math.exp(statistics.fmean(logs)),
-        low=math.exp(percentile(means, 0.025)),
-        high=math.exp(percentile(means, 0.975)),
+        value=float(statistic(sides[0].ravel()) / statistic(sides[1].ravel())),
+        low=float(np.quantile(ratios, 0.025)),
+        high=float(np.quantile(ratios, 0.975)),
     )
