@@ -102,6 +102,8 @@ class EngineHandler(Handler):
     def do_start(self, kind: str, args: dict[str, Any], spec: dict[str, Any] | None = None) -> dict[str, Any]:
         began = time.monotonic()
         self._engine = self.build(kind, args, spec)
+        gc.collect()
+        gc.freeze()  # what is imported stays: to look through it before each burst would take half a second
         flags = getattr(self._engine, "server_args", None)
         return {
             "start_s": time.monotonic() - began,

@@ -18,7 +18,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from prism_sgl.allocator.ledger import Kind, Target
 from prism_sgl.allocator.vmm import GRANULE_BYTES
-from prism_sgl.engine.page_eviction import evict_pages
+from prism_sgl.engine.page_eviction import Eviction
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 
@@ -111,11 +111,11 @@ class Giving:
         allowed = self._pages_to_give(target, requests)
         used = self.allocator.used_per_page()
         given = self.allocator.drop_pages(self.allocator.empty_pages(used)[:allowed])
-        lost = 0
-        if given < allowed and self.tree.evictable_size() > 0:
-            lost, emptied = evict_pages(self.tree, self.allocator, used, allowed - given)
-            given += self.allocator.drop_pages(emptied[: allowed - given])
-        return given, lost
+        cached = self.tree.evictable_size()
+        if given < allowed and cached > 0:
+            eviction = Eviction(self.tree, self.allocator, used, allowed - given)
+            given += self.allocator.drop_pages(eviction.pages[: allowed - given], eviction.carry_out)
+        return given, cached - self.tree.evictable_size()
 
     def _pages_to_give(self, target: Target, requests: Iterable[Any]) -> int:
         """What is asked for, as far as these requests can end without it, and by right as far as it is not used.

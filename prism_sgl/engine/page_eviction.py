@@ -6,7 +6,8 @@ used blocks all belong to unlocked nodes, what would be lost is known, the cheap
 that only ends in the page loses its tail, not its head.
 
 A neighbour waits meanwhile, and a cache that filled while many requests decoded side by side has every page shared
-by all of them: so the tree is copied into arrays once, cuts are chosen on those, and carried out together at the end.
+by all of them: so the tree is copied into arrays once, cuts are chosen on those, and carried out when the neighbour
+has its memory already.
 """
 
 from __future__ import annotations
@@ -26,18 +27,44 @@ Ints = npt.NDArray[np.int64]
 _ROUND = 4
 
 
-def evict_pages(tree: Any, allocator: ElasticAllocator, used: Ints, num_pages: int) -> tuple[int, list[int]]:
-    """Drop cached prefixes until ``num_pages`` more pages are empty or nothing is left to drop.
+class Eviction:
+    """Cached prefixes chosen to go, so that ``num_pages`` pages come free, or as many as can.
 
     ``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279), ``used`` the allocator's ``used_per_page``.
-    Returns the tokens lost, and the pages that are empty now, highest first.
+    Neither tree nor allocator may be used between this choice and ``carry_out``.
     """
-    nodes = _unlocked_nodes(tree)
-    if num_pages <= 0 or not nodes:
-        return 0, []
-    cuts = _Cuts(nodes, allocator, used)
-    emptied = cuts.choose(num_pages)
-    return _carry_out(tree, allocator, nodes, cuts.keep[:-1]), emptied
+
+    def __init__(self, tree: Any, allocator: ElasticAllocator, used: Ints, num_pages: int) -> None:
+        self._tree = tree
+        self._allocator = allocator
+        self._nodes = _unlocked_nodes(tree)
+        self._keep: list[int] = []  # blocks that each node keeps
+        self.pages: list[int] = []  # that hold nothing once it is carried out, highest first
+        if num_pages > 0 and self._nodes:
+            cuts = _Cuts(self._nodes, allocator, used)
+            self.pages = cuts.choose(num_pages)
+            self._keep = cuts.keep[:-1].tolist()
+
+    def carry_out(self) -> int:
+        """Take the cut tails and nodes out of the tree, children first; returns the tokens lost."""
+        tree = self._tree
+        lost = []
+        for blocks in reversed(self._keep):
+            node = self._nodes.pop()
+            kept = blocks * self._allocator.page_size
+            if kept == len(node.value):
+                continue
+            if kept:
+                tree._split_node(node.key, node, kept)  # node is the tail now, its new parent the head
+            lost.append(node.value)
+            tree._delete_leaf(node)
+            tree._record_remove_event(node)
+        if not lost:
+            return 0
+        values = torch.cat(lost)
+        # Tree values are block-aligned copies of a request's row (radix_cache.py:579), and so are they all together.
+        self._allocator.free_segment(values, start_pos=0)
+        return len(values)
 
 
 def rehearse(allocator: ElasticAllocator) -> None:
@@ -138,27 +165,6 @@ def _look(pages: torch.Tensor, starts: Ints, num_pages: int) -> tuple[Ints, Ints
     begins = is_begin.nonzero().flatten()
     held = torch.bincount(pages, minlength=num_pages)
     return held.cpu().numpy(), begins.cpu().numpy(), pages[begins].cpu().numpy()
-
-
-def _carry_out(tree: Any, allocator: ElasticAllocator, nodes: list[Any], keep: Ints) -> int:
-    """Take the cut tails and nodes out of the tree, children first; returns the tokens lost."""
-    block_tokens = allocator.page_size
-    lost = []
-    for node, blocks in zip(reversed(nodes), reversed(keep.tolist()), strict=True):
-        kept = blocks * block_tokens
-        if kept == len(node.value):
-            continue
-        if kept:
-            tree._split_node(node.key, node, kept)  # node is the tail now, its new parent the head
-        lost.append(node.value)
-        tree._delete_leaf(node)
-        tree._record_remove_event(node)
-    if not lost:
-        return 0
-    values = torch.cat(lost)
-    # Tree values are block-aligned copies of a request's row (radix_cache.py:579), and so are they all together.
-    allocator.free_segment(values, start_pos=0)
-    return len(values)
 
 
 def _unlocked_nodes(tree: Any) -> list[Any]:

@@ -12,7 +12,7 @@ learned only in a reclaim, which may sync.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,18 +133,27 @@ class ElasticBlocks:
         used = self.used_per_page() if used is None else used
         return [p for p in sorted(self.elastic.pages.mapped_pages, reverse=True) if used[p] == 0]
 
-    def drop_pages(self, pages: Iterable[int]) -> int:
-        """Give these empty pages back to the device; returns how many."""
-        chosen = sorted(pages)
+    def drop_pages(self, pages: Iterable[int], let_go: Callable[[], object] | None = None) -> int:
+        """Give these pages back to the device; returns how many. Nothing is on them but what ``let_go`` frees.
+
+        Nobody may allocate meanwhile: memory goes before the books know, since a neighbour waits for the one only.
+
+        Raises:
+            VmmError: the driver failed. What is unmapped is not handed out, and all has been let go.
+        """
+        chosen = [range(page, page + 1) for page in sorted(pages)]
         if not chosen:
             return 0
-        gone = np.zeros(self.elastic.pages.num_pages, dtype=bool)
-        gone[chosen] = True
-        self.merge_and_sort_free()
-        keep = torch.from_numpy(~gone).to(self.device)
-        # The list forgets the blocks before the memory goes: an unmapped block must never be handed out.
-        self.free_pages = self.free_pages[keep[self.layout.pages(self.free_pages)]]
-        self.elastic.shrink([range(p, p + 1) for p in chosen])
+        try:
+            self.elastic.shrink(chosen)
+        finally:
+            if let_go is not None:
+                let_go()
+            self.merge_and_sort_free()
+            mapped = np.zeros(self.elastic.pages.num_pages, dtype=bool)
+            mapped[list(self.elastic.pages.mapped_pages)] = True
+            keep = torch.from_numpy(mapped).to(self.device)
+            self.free_pages = self.free_pages[keep[self.layout.pages(self.free_pages)]]
         return len(chosen)
 
     def rehearse(self) -> None:

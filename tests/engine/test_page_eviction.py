@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prism_sgl.engine.page_eviction import evict_pages
+from prism_sgl.engine.page_eviction import Eviction
 from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
 
 TOKEN = 32 * 1024  # 64 tokens a page
@@ -34,9 +34,10 @@ def give_back(elastic: Elastic, pages: int) -> int:
 def evict(elastic: Elastic, pages: int) -> int:
     """Tokens lost. What is said to be empty afterwards is, and is all that is new."""
     before = elastic.allocator.empty_pages()
-    lost, emptied = evict_pages(elastic.tree, elastic.allocator, elastic.allocator.used_per_page(), pages)
+    eviction = Eviction(elastic.tree, elastic.allocator, elastic.allocator.used_per_page(), pages)
+    lost = eviction.carry_out()
     elastic.allocator.check()
-    assert emptied == [page for page in elastic.allocator.empty_pages() if page not in before]
+    assert eviction.pages == [page for page in elastic.allocator.empty_pages() if page not in before]
     return lost
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from prism_sgl.errors import VmmError
 from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
 
 TOKEN = 24 * 1024 + 512  # does not divide a page
@@ -64,6 +65,42 @@ def test_given_back_pages_never_come_back_as_slots(elastic: Elastic) -> None:
     pages = elastic.allocator.layout.pages(torch.cat((held, rest)) // elastic.allocator.page_size)
     assert set(pages.tolist()) == {0, 1}
     assert elastic.allocator.alloc(elastic.allocator.page_size) is None
+
+
+def test_a_neighbour_has_the_memory_before_the_books_are_done(elastic: Elastic) -> None:
+    elastic.grow(3)
+    held = elastic.allocator.alloc(elastic.allocator.available_size())
+    assert held is not None
+    before = elastic.ledger.totals().free
+    seen = []
+
+    def let_go() -> None:
+        seen.append(elastic.ledger.totals().free - before)
+        elastic.allocator.free(held)
+
+    assert elastic.allocator.drop_pages([2, 3], let_go) == 2
+    assert seen == [2]  # granules of 2 MiB
+    elastic.allocator.check()
+    assert elastic.allocator.used_blocks() == 0
+
+
+def test_pages_that_the_driver_keeps_stay_in_the_books(
+    elastic: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elastic.grow(3)
+    held = elastic.allocator.alloc(elastic.allocator.available_size())
+    assert held is not None
+
+    def fail(runs: object) -> None:
+        raise VmmError("the driver is unwell")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(elastic.pool.vmm, "unmap", fail)
+        with pytest.raises(VmmError):
+            elastic.allocator.drop_pages([2, 3], lambda: elastic.allocator.free(held))
+    elastic.allocator.check()
+    assert elastic.allocator.used_blocks() == 0
+    assert elastic.pool.mapped_bytes == 4 * PAGE
 
 
 def test_virtual_size_counts_the_whole_range(elastic: Elastic) -> None:
