@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
                 limit=None,
             ),
             Load(
-                "an 8B wakes and sleeps",
+                "wakes and sleeps (an 8B)",
                 other,
                 lambda seconds: other.send("cycle", actions=cycle, seconds=seconds),
                 WEIGHTS_BYTES,

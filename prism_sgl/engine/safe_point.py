@@ -60,7 +60,10 @@ class SafePoint:
             return plan
         if self.memory.arrival is not None:
             self.memory.arrival.look()
-        self.memory.overhead.look()
+        if (
+            last_batch is not None
+        ):  # a pass may have taken memory; before the first one, a request waits for it
+            self.memory.overhead.look()
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
         short = self._grow_for_work(running_batch)
