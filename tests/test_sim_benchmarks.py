@@ -47,7 +47,7 @@ def test_statistics_of_a_trace_that_can_be_counted_by_hand() -> None:
 
 
 def test_both_shipped_traces_fit_the_fleet_of_eight() -> None:
-    measured = measurements.read(ROOT / "benchmarks" / "results" / "gpu")
+    measured = measurements.read()
     fleet = fleet_file.load(ROOT / "examples" / "fleet_8_models_2_gpus.toml", measured).fleet
     for name in ("arena_chat", "hyperbolic_like"):
         trace = trace_file.load(ROOT / "benchmarks" / "sim" / "data" / f"{name}.csv")

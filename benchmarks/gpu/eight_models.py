@@ -67,7 +67,7 @@ class System:
 def question(model: str, number: int) -> list[int]:
     """Token ids: 20 to 600, of which no two questions share a beginning."""
     chosen = random.Random(f"{model} {number}")
-    return [number + 300, *chosen.choices(range(1000, 100000), k=chosen.randint(20, 600))]
+    return [number + 300, *chosen.choices(range(1000, 45000), k=chosen.randint(20, 600))]
 
 
 async def ask(client: httpx.AsyncClient, model: str, number: int) -> tuple[list[int], float]:

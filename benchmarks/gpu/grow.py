@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.gpu.harness import GIB, MIB, bounded, kvcached_environment, open_results, say
 from benchmarks.gpu.results import Results
 
-PAGE_SIZES_MIB = (2, 16, 32, 64, 128)
+PAGE_SIZES_MIB = (2, 16, 32, 64, 128, 1024)
 TOKEN_BYTES = 128 * 1024  # of an 8B
 OUR_PAGE_MIB = 128  # the product's default on a card
 GROW_GIB = 8  # far beyond the pages that kvcached keeps mapped ahead

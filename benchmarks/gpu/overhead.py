@@ -2,15 +2,16 @@
 
     python -m benchmarks.gpu.overhead [--quick] [--rounds 12] [--requests 150] [--load full|low]
 
-Three engines stand on one card and start at once: ours, and plain SGLang twice. In each round all take a turn, each
-idle while another is measured, in an order that rotates. The peer is both plain ones together; one against the other
-says what the comparison can tell at all: where a model's weights happened to come to lie on the card is worth 0.7 % of
-a decode step (docs/benchmarks.md), and percentiles are noisy.
+Several engines stand on one card and start at once: ours once at full load and twice at low, plain SGLang twice. In
+each round all take a turn, each idle while another is measured, in an order that rotates. Engines of a kind count
+together; one against the other says what the comparison can tell at all: where a model's weights happened to come to
+lie on the card is worth 0.7 % of a decode step (docs/benchmarks.md), processes have their luck as well, and percentiles
+are noisy.
 
 Pools are equal, full of cached prefixes before the first round, and prompts differ in every round, so each request
 evicts. Full load: a round is 128 requests at once, 192 in + 192 out. Low load: a round is one request, 512 in + 32 out.
-The first rounds warm up and are not counted. Device time: about 6 minutes with the model in /dev/shm (80 s of them
-start-up; a round of full load takes 11 s, of low load 0.8). Needs 74 GiB of card memory. A row is met when the worse
+The first rounds warm up and are not counted. Device time: 8 minutes with the model in /dev/shm (80 s of start-up for
+each load; a round of full load takes 11 s, of low load 1 s). Needs 74 GiB of card memory. A row is met when the worse
 end of the 95 % interval over the rounds is within 0.5 %.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -40,12 +42,11 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.stats import Ratio, Samples, Statistic, mean, quantile, ratio_of_rounds
 
 TARGET = 0.005
-KV_TOKENS = 54_000  # 6.6 GiB of an 8B: a burst of full load does not fit beside the burst before
 
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of round."""
+    """One kind of round, and the engines for it."""
 
     name: str
     requests: int
@@ -53,6 +54,9 @@ class Load:
     tokens_out: int
     warm_up: int
     seed: int
+    kv_tokens: int  # a round does not fit beside the one before, or many
+    ours: tuple[str, ...]
+    stock: tuple[str, ...] = ("stock", "stock-again")
 
     def asks(self, number: int) -> list[Ask]:
         """The same prompts for all engines of a round, others in every round."""
@@ -64,16 +68,22 @@ class Load:
         return self.requests * (self.tokens_in + self.tokens_out)
 
 
-FULL = Load("full load, 128 x (192 in + 192 out)", 128, 192, 192, warm_up=2, seed=10_000_000)
-LOW = Load("low load, one request at a time, 512 in + 32 out", 1, 512, 32, warm_up=5, seed=20_000_000)
-
-# (name, seconds of a burst, of all of them)
-TIMES: list[tuple[str, Callable[[Burst], list[float]], Statistic]] = [
-    ("TTFT p50", lambda burst: burst.ttfts_s, quantile(0.5)),
-    ("TTFT p99", lambda burst: burst.ttfts_s, quantile(0.99)),
-    ("TPOT p50", lambda burst: burst.tpots_s, quantile(0.5)),
-    ("TPOT p99", lambda burst: burst.tpots_s, quantile(0.99)),
-]
+FULL = Load(
+    "full load, 128 x (192 in + 192 out)",
+    *(128, 192, 192),
+    warm_up=2,
+    seed=10_000_000,
+    kv_tokens=54_000,
+    ours=("ours",),
+)
+LOW = Load(
+    "low load, one request at a time, 512 in + 32 out",
+    *(1, 512, 32),
+    warm_up=5,
+    seed=20_000_000,
+    kv_tokens=9_000,
+    ours=("ours", "ours-again"),
+)
 
 
 def measure(engine: Engine, load: Load, number: int) -> Burst:
@@ -87,57 +97,53 @@ def measure(engine: Engine, load: Load, number: int) -> Burst:
 
 def report(results: Results, load: Load, bursts: dict[str, list[Burst]]) -> None:
     """``bursts``: of each engine, round by round."""
+    rounds = len(bursts[load.ours[0]])
 
-    def sides(of: Callable[[Burst], list[float]]) -> tuple[Samples, Samples, Samples, Samples]:
-        ours, stock, twin = (
-            np.array([of(burst) for burst in bursts[name]]) for name in ("ours", "stock", "twin")
+    def compare(name: str, unit: str, of: Callable[[Burst], list[float]], statistic: Statistic) -> None:
+        """``of``: seconds of a burst; those of a rate, if the unit is one."""
+        samples = {engine: np.array([of(burst) for burst in mine]) for engine, mine in bursts.items()}
+        ours = np.concatenate([samples[engine] for engine in load.ours], axis=1)
+        peers = np.concatenate([samples[engine] for engine in load.stock], axis=1)
+        is_rate = unit == "tokens/s"
+
+        def ratio(one: Samples, other: Samples) -> Ratio:
+            seconds = ratio_of_rounds(one, other, statistic)
+            return seconds.inverse() if is_rate else seconds
+
+        def value(side: Samples) -> float:
+            seconds = float(statistic(side.ravel()))
+            return load.tokens / seconds if is_rate else seconds * 1e3
+
+        what, found = f"{load.name}: {name}", ratio(ours, peers)
+        quarters = "; ".join(
+            f"{engine} "
+            + " ".join(f"{quarter * 1e3:.2f}" for quarter in np.quantile(mine, (0.25, 0.5, 0.75)))
+            for engine, mine in samples.items()
         )
-        return ours, np.concatenate((stock, twin), axis=1), stock, twin
-
-    def add(
-        name: str,
-        values: tuple[float, float],
-        unit: str,
-        ratio: Ratio,
-        control: Ratio,
-        *,
-        bigger_is_better: bool = False,
-    ) -> None:
-        what = f"{load.name}: {name}"
         results.add(
             what,
-            *values,
+            value(ours),
+            value(peers),
             unit,
-            ratio=ratio,
+            ratio=found,
             target="worse end of the interval within 0.5 %",
-            met=ratio.within(TARGET, bigger_is_better=bigger_is_better),
-            note=f"{len(bursts['ours'])} rounds",
+            met=found.within(TARGET, bigger_is_better=is_rate),
+            note=f"{rounds} rounds; quartiles, ms: {quarters}",
         )
-        results.add(f"{what}, plain SGLang against itself", None, values[1], unit, ratio=control)
+        for kind, names in (("plain SGLang", load.stock), ("ours", load.ours)):
+            if len(names) == 2:
+                one, other = (samples[engine] for engine in names)
+                results.add(f"{what}, {kind} against itself", None, None, "", ratio=ratio(other, one))
 
-    ours, peers, stock, twin = sides(lambda burst: [burst.wall_s])
-    add(
-        "throughput, in + out",
-        (load.tokens / mean(ours.ravel()), load.tokens / mean(peers.ravel())),
-        "tokens/s",
-        ratio_of_rounds(ours, peers, mean).inverse(),
-        ratio_of_rounds(twin, stock, mean).inverse(),
-        bigger_is_better=True,
-    )
-    for name, of, statistic in TIMES:
-        ours, peers, stock, twin = sides(of)
-        add(
-            name,
-            (statistic(ours.ravel()) * 1e3, statistic(peers.ravel()) * 1e3),
-            "ms",
-            ratio_of_rounds(ours, peers, statistic),
-            ratio_of_rounds(twin, stock, statistic),
-        )
+    compare("throughput, in + out", "tokens/s", lambda burst: [burst.wall_s], mean)
+    for share in (0.5, 0.99):
+        compare(f"TTFT p{share * 100:.0f}", "ms", lambda burst: burst.ttfts_s, quantile(share))
+        compare(f"TPOT p{share * 100:.0f}", "ms", lambda burst: burst.tpots_s, quantile(share))
 
 
-def fill_cache(engine: Engine) -> None:
-    length = 3500
-    asks = [Ask(30_000_000 + n, length, 1) for n in range(KV_TOKENS // length + 1)]
+def fill_cache(engine: Engine, kv_tokens: int) -> None:
+    length = 1000
+    asks = [Ask(30_000_000 + n, length, 1) for n in range(kv_tokens // length + 1)]
     burst = engine.burst(asks)
     assert not burst.errors, burst.errors[0]
 
@@ -161,7 +167,7 @@ def same_tokens(ours: Engine, stock: Engine, results: Results) -> None:
         )
 
 
-def compare(results: Results, engines: dict[str, Engine], load: Load, rounds: int) -> None:
+def take_turns(results: Results, engines: dict[str, Engine], load: Load, rounds: int) -> None:
     bursts: dict[str, list[Burst]] = {name: [] for name in engines}
     say_each = max(1, rounds // 6)
     for number in range(rounds + load.warm_up):
@@ -175,41 +181,41 @@ def compare(results: Results, engines: dict[str, Engine], load: Load, rounds: in
             if number % say_each == 0:
                 walls = ", ".join(f"{name} {measured[name].wall_s:.3f} s" for name in engines)
                 say(f"{load.name}, round {number}: {walls}")
-        if bursts["ours"] and len(bursts["ours"]) % (2 * say_each) == 0:  # in case time runs out
+        if number > load.warm_up and number % (2 * say_each) == 0:  # in case time runs out
             report(results, load, bursts)
     with results.attempt(load.name):
         report(results, load, bursts)
 
 
-def run(args: argparse.Namespace) -> None:
-    results = open_results("overhead")
-    (model,) = ensure_models("llama8b")
+def measure_load(results: Results, model: Path, load: Load, rounds: int) -> None:
     flags = {
-        "max_total_tokens": KV_TOKENS,
-        "max_running_requests": FULL.requests,
-        "cuda_graph_max_bs_decode": FULL.requests,
+        "max_total_tokens": load.kv_tokens,
+        "max_running_requests": max(load.requests, 8),
+        "cuda_graph_max_bs_decode": max(load.requests, 8),
         "log_level": "warning",
     }
-    kv_bytes = KV_TOKENS * KV_BYTES_PER_TOKEN["llama8b"]
-    with Card(16 * GIB + kv_bytes + 10 * GIB) as card:
-        ours = card.ours("ours", model, ceiling_bytes=kv_bytes + GIB, **flags)
-        stock = card.stock("stock", model, **flags)
-        twin = card.stock("twin", model, **flags)
-        engines = {engine.name: engine for engine in (ours, stock, twin)}
-        with results.attempt("start of all engines"):
-            wait_all([*engines.values()])
-        if not all(engine.is_ready for engine in engines.values()):
-            return
+    kv_bytes = load.kv_tokens * KV_BYTES_PER_TOKEN["llama8b"]
+    with Card(len(load.ours) * (16 * GIB + kv_bytes + 10 * GIB)) as card:
+        engines = {name: card.ours(name, model, ceiling_bytes=kv_bytes + GIB, **flags) for name in load.ours}
+        engines |= {name: card.stock(name, model, **flags) for name in load.stock}
+        wait_all([*engines.values()])
+        ours, stock = engines[load.ours[0]], engines[load.stock[0]]
         for name, values in different_flags(ours, stock).items():
             say(f"flag {name}: ours {values[0]}, stock {values[1]}")
         with results.attempt("greedy answers equal to stock"):
             same_tokens(ours, stock, results)
         for engine in engines.values():
-            fill_cache(engine)
-        if args.load != "low":
-            compare(results, engines, FULL, args.rounds)
-        if args.load != "full":
-            compare(results, engines, LOW, args.requests)
+            fill_cache(engine, load.kv_tokens)
+        take_turns(results, engines, load, rounds)
+
+
+def run(args: argparse.Namespace) -> None:
+    results = open_results("overhead")
+    (model,) = ensure_models("llama8b")
+    for name, load, rounds in (("full", FULL, args.rounds), ("low", LOW, args.requests)):
+        if args.load in (None, name):
+            with results.attempt(load.name):
+                measure_load(results, model, load, rounds)
 
 
 def main() -> None:
@@ -220,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="of full load")
     parser.add_argument("--requests", type=int, default=150, help="rounds of low load")
     parser.add_argument("--load", choices=("full", "low"), help="only this one")
-    parser.add_argument("--limit", type=float, default=400, help="seconds, then what is measured is kept")
+    parser.add_argument("--limit", type=float, default=560, help="seconds, then what is measured is kept")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.requests = 3, 15

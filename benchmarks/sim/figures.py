@@ -34,7 +34,7 @@ REPEATS = 3
 
 
 def runner(fleet: str, trace: Trace | None = None, repeats: int = 1) -> Runner:
-    file = fleet_file.load(ROOT / "examples" / f"fleet_{fleet}.toml", measurements.read(RESULTS / "gpu"))
+    file = fleet_file.load(ROOT / "examples" / f"fleet_{fleet}.toml", measurements.read())
     return Runner(file, trace or trace_file.load(TRACE), repeats=repeats)
 
 

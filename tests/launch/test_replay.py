@@ -15,7 +15,6 @@ from prism_sgl.launch.replay import fleet_file, measurements, plot, trace_file
 from prism_sgl.launch.replay.runs import Run, Runner
 
 ROOT = Path(__file__).parents[2]
-GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 ARENA = ROOT / "benchmarks" / "sim" / "data" / "arena_chat.csv"
 FLEET = """
 devices = 2
@@ -36,7 +35,7 @@ TRACE = "arrival_s,model,prompt_tokens,output_tokens\n" + "".join(
 
 @pytest.fixture(scope="module")
 def measured() -> measurements.Measured:
-    return measurements.read(GPU_RESULTS)
+    return measurements.read()
 
 
 def write(folder: Path, fleet: str = FLEET, trace: str = TRACE) -> tuple[Path, Path]:
@@ -142,23 +141,24 @@ def test_scale_that_is_not_whole_and_seeds(tmp_path: Path, measured: measurement
 # ------------------------------------------------------------ costs
 
 
-def test_costs_are_those_that_were_measured(measured: measurements.Measured) -> None:
+def test_an_8b_costs_what_was_measured(measured: measurements.Measured) -> None:
     large = measurements.costs(
         measured, weights_bytes=int(14.96 * (1 << 30)), kv_bytes_per_token=131072, context_tokens=4096
     )
-    assert large.step_s == pytest.approx(0.00637, rel=0.01)  # overhead.json: TPOT at low load
-    assert large.wake_s == pytest.approx(0.295, rel=0.01)  # wake.json: 0.33126 s less 35.9 ms
+    assert large.step_s == pytest.approx(0.0063, rel=0.05)  # TPOT at low load
+    assert large.wake_s == pytest.approx(0.29, rel=0.1)  # 0.33 s to the first token less 40 ms
     full = large.decode_s(128, 128 * 384)
-    assert full == pytest.approx(0.01144, rel=0.01)  # overhead.json: TPOT at full load
+    assert full == pytest.approx(0.0114, rel=0.05)  # TPOT at full load
 
 
-def test_missing_measurements_are_named(tmp_path: Path) -> None:
-    with fails("overhead.json", "cannot be read", "run benchmarks/gpu"):
-        measurements.read(tmp_path)
-    for name in measurements.RESULTS:
-        (tmp_path / f"{name}.json").write_text('{"rows": []}')
-    with fails("TPOT p50", "is not measured"):
-        measurements.read(tmp_path)
+@pytest.mark.parametrize("content", ["", "{}", '{"card": "x", "sources": {}, "costs": {"bytes_per_s": 1}}'])
+def test_a_file_that_has_no_costs_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "costs.json"
+    with fails("cannot be read", "benchmarks.gpu.costs"):
+        measurements.read(path)
+    path.write_text(content)
+    with fails("is no file of costs", "benchmarks.gpu.costs"):
+        measurements.read(path)
 
 
 # ------------------------------------------------------------ commands

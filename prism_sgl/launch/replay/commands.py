@@ -20,7 +20,6 @@ from prism_sgl.launch.replay.live_runs import LiveRun, Target
 from prism_sgl.launch.replay.runs import Run, Runner
 from prism_sgl.schedulers.replay import policies
 
-_COSTS = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu"
 F = TypeVar("F", bound=Callable[..., Any])
 N = TypeVar("N", int, float)
 
@@ -91,7 +90,11 @@ def _shared(command: F) -> F:
         click.option("--trace", required=True, type=path, metavar="FILE", help="Arrivals (CSV)."),
         click.option("--policy", type=_Names(), default="prism,static,muxserve,paper", show_default=True),
         click.option(
-            "--costs", type=path, default=_COSTS, metavar="FOLDER", help="Results of benchmarks/gpu."
+            "--costs",
+            type=path,
+            default=measurements.H100,
+            metavar="FILE",
+            help="Of `python -m benchmarks.gpu.costs`; else those of an H100.",
         ),
         click.option(
             "--tries", type=click.IntRange(1, 16), default=4, show_default=True, help="Tunings tried."
