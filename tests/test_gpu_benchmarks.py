@@ -18,20 +18,12 @@ from typing import Any, cast
 
 import pytest
 
+from benchmarks.gpu.card import Card, Neighbour
+from benchmarks.gpu.children import Action, Child, ChildError, Engine
 from benchmarks.gpu.engine_process import Ask, EngineHandler, EngineLike, Handler, random_ids
-from benchmarks.gpu.harness import (
-    GIB,
-    MIB,
-    Action,
-    Card,
-    Child,
-    ChildError,
-    Engine,
-    Neighbour,
-    OutOfTimeError,
-    bounded,
-)
+from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results, result_path
+from benchmarks.gpu.session import OutOfTimeError, bounded
 from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_rounds
 from prism_sgl.allocator.ledger import Kind, Ledger
 from prism_sgl.messages import RuntimeState
@@ -180,7 +172,7 @@ class StandInCard(Handler):
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr("benchmarks.gpu.harness.ENGINE", HANDLER)
+    monkeypatch.setattr("benchmarks.gpu.children.ENGINE", HANDLER)
     engine = Engine("stock", "stand-in", tmp_path / "engine.log")
     engine.send("prepare", kind="stock")
     engine.send("start", kind="stock", args={}, spec=None)
@@ -437,8 +429,8 @@ def test_every_script_runs_through(
     script = importlib.import_module(f"benchmarks.gpu.{name}")
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [name, *options])
-    monkeypatch.setattr("benchmarks.gpu.harness.ENGINE", HANDLER)
-    monkeypatch.setattr("benchmarks.gpu.harness.CARD", "tests.test_gpu_benchmarks:StandInCard")
+    monkeypatch.setattr("benchmarks.gpu.children.ENGINE", HANDLER)
+    monkeypatch.setattr("benchmarks.gpu.card.CARD", "tests.test_gpu_benchmarks:StandInCard")
     monkeypatch.setattr(script, "ensure_models", lambda *names: [tmp_path for _ in names])
     for reading in ("card_used_mib", "process_mib"):
         if hasattr(script, reading):

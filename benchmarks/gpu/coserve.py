@@ -25,21 +25,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import Engine
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    GIB,
-    KV_BYTES_PER_TOKEN,
-    Card,
-    Engine,
-    bounded,
-    card_info,
-    card_used_mib,
-    ensure_models,
-    find_kvcached,
-    open_results,
-    say,
-)
+from benchmarks.gpu.installed import find_kvcached
+from benchmarks.gpu.models import KV_BYTES_PER_TOKEN, ensure_models
+from benchmarks.gpu.nvml import GIB, card_info, card_used_mib
 from benchmarks.gpu.results import Results, result_path
+from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import percentile
 
 NUM_MODELS = 3

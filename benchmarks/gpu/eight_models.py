@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.gpu.harness import bounded, open_results, say
 from benchmarks.gpu.results import ROOT
+from benchmarks.gpu.session import bounded, open_results, say
 from demo.random_model import write_model
 
 CONFIG = ROOT / "examples/h100.toml"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO, cast
 
 _PR_SET_PDEATHSIG = 1
-# Less than that of llama1b and llama8b (make_model.py); smaller models need another.
+# Less than that of llama1b and llama8b (demo/random_model.py); smaller models need another.
 _VOCABULARY = int(os.environ.get("PRISM_BENCH_VOCABULARY", "120000"))
 # Methods of SGLang's Engine itself; all other names go to the scheduler by rpc.
 _ENGINE_METHODS = frozenset({"release_memory_occupation", "resume_memory_occupation", "flush_cache"})

@@ -25,8 +25,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu.harness import GIB, MIB, bounded, kvcached_environment, open_results, say
+from benchmarks.gpu.installed import kvcached_environment
+from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 
 PAGE_SIZES_MIB = (2, 16, 32, 64, 128, 1024)
 TOKEN_BYTES = 128 * 1024  # of an 8B

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.kvcached_process [--only-mapping]
 
-Started by ``grow.py`` with kvcached's hook active (``harness.kvcached_environment``). The pool is that of an 8B (32
+Started by ``grow.py`` with kvcached's hook active (``installed.kvcached_environment``). The pool is that of an 8B (32
 layers, 128 KiB a token), made by kvcached's own calls for SGLang, and used through the allocator that it puts in the
 place of SGLang's. Its settings are its defaults: 5 to 10 pages mapped ahead, device synchronised before a page is
 unmapped.
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.gpu.grow import GROW_GIB, GROW_TOKENS, TOKEN_BYTES, median_ms, steps_us, while_busy_us
-from benchmarks.gpu.harness import GIB, MIB
+from benchmarks.gpu.nvml import GIB, MIB
 
 LAYERS, HEADS, HEAD_DIM = 32, 8, 128
 POOL_TOKENS = 16 * GIB // TOKEN_BYTES

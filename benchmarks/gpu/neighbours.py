@@ -21,20 +21,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import SLEEP, WAKE_AND_WAIT, Child, Engine
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    GIB,
-    MIB,
-    SLEEP,
-    WAKE_AND_WAIT,
-    Card,
-    Child,
-    Engine,
-    bounded,
-    ensure_models,
-    open_results,
-    say,
-)
+from benchmarks.gpu.models import ensure_models
+from benchmarks.gpu.nvml import GIB, MIB
+from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import mean, ratio_of_rounds
 
 BATCH, PROMPT, NEW = 32, 64, 200

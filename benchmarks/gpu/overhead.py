@@ -24,21 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import Burst, Engine, different_flags, wait_all
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    GIB,
-    KV_BYTES_PER_TOKEN,
-    Burst,
-    Card,
-    Engine,
-    bounded,
-    different_flags,
-    ensure_models,
-    open_results,
-    say,
-    wait_all,
-)
+from benchmarks.gpu.models import KV_BYTES_PER_TOKEN, ensure_models
+from benchmarks.gpu.nvml import GIB
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import Ratio, Samples, Statistic, mean, quantile, ratio_of_rounds
 
 TARGET = 0.005

@@ -15,22 +15,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import SLEEP, WAKE_AND_WAIT, Engine
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    GIB,
-    SLEEP,
-    WAKE_AND_WAIT,
-    Card,
-    Engine,
-    bounded,
-    card_used_mib,
-    ensure_models,
-    open_results,
-    process_mib,
-    say,
-    settled_mib,
-)
+from benchmarks.gpu.models import ensure_models
+from benchmarks.gpu.nvml import GIB, card_used_mib, process_mib, settled_mib
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 
 TARGET_MIB = 150
 WORK = [Ask(1000 + n, 512, 64) for n in range(32)] + [Ask(2000, 4000, 8)]

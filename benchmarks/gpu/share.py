@@ -22,23 +22,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import EMPTY_RPC, SLEEP_KEEPING_WEIGHTS, WAKE_AND_WAIT, Action, Burst, Engine
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    EMPTY_RPC,
-    GIB,
-    MIB,
-    SLEEP_KEEPING_WEIGHTS,
-    WAKE_AND_WAIT,
-    Action,
-    Burst,
-    Card,
-    Engine,
-    bounded,
-    ensure_models,
-    open_results,
-    say,
-)
+from benchmarks.gpu.models import ensure_models
+from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 
 MOVED_BYTES = 8 * GIB
 GAVE = r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms, lost (\d+) cached tokens"

@@ -25,8 +25,8 @@ from typing import Any
 import httpx
 
 from benchmarks.gpu.eight_models import URL, System, ask
-from benchmarks.gpu.harness import bounded, open_results, say
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import percentile
 from demo.random_model import write_model
 

@@ -18,25 +18,22 @@ import argparse
 import statistics
 from dataclasses import dataclass, field
 
-from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
+from benchmarks.gpu.card import Card, Neighbour
+from benchmarks.gpu.children import (
     EMPTY_RPC,
-    GIB,
     SLEEP,
     SLEEP_KEEPING_WEIGHTS,
     WAKE,
     WAKE_AND_WAIT,
     Action,
-    Card,
     Child,
     Engine,
-    Neighbour,
-    bounded,
-    ensure_models,
-    open_results,
-    say,
 )
+from benchmarks.gpu.engine_process import Ask
+from benchmarks.gpu.models import ensure_models
+from benchmarks.gpu.nvml import GIB
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.session import bounded, open_results, say
 
 FLAGS = {
     "max_total_tokens": 4096,

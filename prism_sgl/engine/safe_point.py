@@ -60,9 +60,7 @@ class SafePoint:
             return plan
         if self.memory.arrival is not None:
             self.memory.arrival.look()
-        if (
-            last_batch is not None
-        ):  # a pass may have taken memory; before the first one, a request waits for it
+        if last_batch is not None:  # passes take memory; before the first one a request waits
             self.memory.overhead.look()
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()

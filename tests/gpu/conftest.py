@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu.card import Card
+from benchmarks.gpu.children import Engine, wait_all
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import GIB, Card, Engine, ensure_models, wait_all
+from benchmarks.gpu.models import ensure_models
+from benchmarks.gpu.nvml import GIB
 
 # What serves tokens in different ways; one pair of engines each.
 CASES: dict[str, dict[str, Any]] = {

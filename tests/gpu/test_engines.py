@@ -7,15 +7,10 @@ import sys
 
 import pytest
 
+from benchmarks.gpu.card import Neighbour
+from benchmarks.gpu.children import SLEEP, SLEEP_KEEPING_WEIGHTS, WAKE, WAKE_AND_WAIT
 from benchmarks.gpu.engine_process import Ask
-from benchmarks.gpu.harness import (
-    GIB,
-    SLEEP,
-    SLEEP_KEEPING_WEIGHTS,
-    WAKE,
-    WAKE_AND_WAIT,
-    Neighbour,
-)
+from benchmarks.gpu.nvml import GIB
 from tests.gpu.conftest import Pair, answers
 
 # Fills what is free of the card with NaN, page by page like an engine's KV, and gives it back.
