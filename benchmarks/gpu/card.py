@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.gpu.children import Child, ChildError, Engine
 from benchmarks.gpu.installed import attention_backend, kvcached_environment
-from benchmarks.gpu.nvml import MIB
 from benchmarks.gpu.session import say
+from prism_sgl.units import GRANULE_BYTES
 
 PAGE_BYTES = 128 << 20
 CARD = "benchmarks.gpu.card_process:CardHandler"
@@ -225,11 +225,11 @@ class Neighbour:
         self._owner.set_state(RuntimeState.WAKING)
 
     def free_bytes(self) -> int:
-        return self._ledger.totals().free * (2 * MIB)
+        return self._ledger.totals().free * GRANULE_BYTES
 
     def take(self, size_bytes: int, timeout_s: float = 5.0) -> float | None:
         """Seconds until so much was leased to us; None if it did not come."""
-        granules = size_bytes // (2 * MIB)
+        granules = size_bytes // GRANULE_BYTES
         began = time.monotonic()
         asked_at = -1.0
         while not self._owner.try_reserve(self._kind, granules):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu.engine_process import Handler, process_tree
+from benchmarks.gpu.engine_process import Handler, process_tree, without_pause
 
 
 class CardHandler(Handler):
@@ -61,7 +60,7 @@ class CardHandler(Handler):
             arena.unmap([range(num_pages)])
 
         try:
-            return _without_pause(cycle, seconds)
+            return without_pause(cycle, seconds)
         finally:
             arena.close()
 
@@ -74,13 +73,4 @@ class CardHandler(Handler):
             del taken
             torch.cuda.empty_cache()
 
-        return _without_pause(cycle, seconds)
-
-
-def _without_pause(cycle: Callable[[], None], seconds: float) -> dict[str, float]:
-    cycles = 0
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < seconds:
-        cycle()
-        cycles += 1
-    return {"cycles": cycles, "seconds": spent}
+        return without_pause(cycle, seconds)

@@ -18,6 +18,9 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.gpu.card import PAGE_BYTES
+from benchmarks.gpu.models import KV_BYTES_PER_TOKEN
+from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.overhead import FULL, LOW
 from benchmarks.gpu.results import ROOT
 from prism_sgl.launch.replay.measurements import (
@@ -28,10 +31,7 @@ from prism_sgl.launch.replay.measurements import (
     MeasuredFile,
 )
 
-SMALL_BYTES = 2.30 * (1 << 30)  # weights of the 1B
-KV_BYTES_PER_TOKEN = 131072  # of the 8B
-GIB, MIB = 1 << 30, 1 << 20
-PAGE_BYTES = 128 * MIB
+SMALL_BYTES = 2.30 * GIB  # weights of the 1B
 FILES = {"overhead": True, "overhead_low": False, "wake": True, "grow": True, "residual": True}
 
 
@@ -79,10 +79,9 @@ def derive(rows: Rows) -> Measured:
     first_s = rows.value(f"{LOW.name}: TTFT p50") / 1000
     full_step_s = rows.value(f"{FULL.name}: TPOT p50") / 1000
     bytes_per_s = LARGE_BYTES / step_s
-    tokens = FULL.requests * (
-        FULL.tokens_in + FULL.tokens_out / 2
-    )  # on average half of the answer is written
-    kv_s = tokens * KV_BYTES_PER_TOKEN / bytes_per_s
+    # On average half of the answer is written.
+    tokens = FULL.requests * (FULL.tokens_in + FULL.tokens_out / 2)
+    kv_s = tokens * KV_BYTES_PER_TOKEN["llama8b"] / bytes_per_s
     wake, wake_at_zero = line(rows.awake_later("8B"), rows.awake_later("1B"))
     in_place, in_place_at_zero = line(
         *(rows.value(f"{size}: wake, until it returns (its copies go on)") for size in ("8B", "1B"))

@@ -20,7 +20,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO, cast
 
@@ -150,15 +150,12 @@ class EngineHandler(Handler):
     def do_cycle(self, actions: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         """These actions one after the other, without pause, for so long (the last cycle is completed)."""
         times: list[list[float]] = [[] for _ in actions]
-        began = time.monotonic()
-        while time.monotonic() - began < seconds:
-            for index, action in enumerate(actions):
-                times[index].append(self._act(action))
-        return {
-            "cycles": len(times[0]) if times else 0,
-            "times": times,
-            "seconds": time.monotonic() - began,
-        }
+
+        def cycle() -> None:
+            for taken, action in zip(times, actions, strict=True):
+                taken.append(self._act(action))
+
+        return {**without_pause(cycle, seconds), "times": times}
 
     def do_pids(self) -> list[int]:
         return process_tree()
@@ -263,6 +260,16 @@ def _build_ours(spec: dict[str, Any], early: Any) -> EngineLike:
         EarlyEngine.children = early
         engine = EarlyEngine
     return cast(EngineLike, engine(server_args=server_args(checked)))
+
+
+def without_pause(cycle: Callable[[], None], seconds: float) -> dict[str, float]:
+    """Again and again for so long; the last one is completed. Returns ``cycles`` and ``seconds``."""
+    cycles = 0
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        cycle()
+        cycles += 1
+    return {"cycles": cycles, "seconds": spent}
 
 
 def process_tree() -> list[int]:

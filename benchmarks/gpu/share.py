@@ -29,6 +29,7 @@ from benchmarks.gpu.models import ensure_models
 from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.session import bounded, open_results, say
+from prism_sgl.units import GRANULE_BYTES
 
 MOVED_BYTES = 8 * GIB
 GAVE = r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms, lost (\d+) cached tokens"
@@ -61,7 +62,7 @@ def quota(floor_bytes: int, ceiling_bytes: int) -> Action:
 
 
 def free_bytes(card: Card) -> int:
-    return card.ledger.totals().free * 2 * MIB
+    return card.ledger.totals().free * GRANULE_BYTES
 
 
 def fill(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,11 +44,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     """Linear between neighbours; ``share`` from 0 to 1."""
     if not values:
         raise ValueError("no values")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return float(quantile(share)(np.asarray(values)))
 
 
 def ratio_of_rounds(

@@ -16,15 +16,13 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.gpu.eight_models import URL, System, ask
+from benchmarks.gpu.launched import URL, ask, serving
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import percentile
@@ -159,18 +157,6 @@ def report(results: Results, seen: Seen) -> None:
             what = f"seconds of a request, p{share * 100:.0f}: caught in a move, against others"
             results.add(what, percentile(caught, share), percentile(others, share), "s")
     say(f"lost {seen.lost[:5]} wrong {seen.wrong[:5]}")
-
-
-@contextmanager
-def serving(config: Path, log: Path) -> Iterator[None]:
-    began = time.monotonic()
-    system = System(config, log)
-    try:
-        system.wait_ready(400)
-        say(f"ready after {time.monotonic() - began:.0f} s")
-        yield
-    finally:
-        system.stop()
 
 
 def main() -> None:

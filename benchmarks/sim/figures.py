@@ -33,9 +33,12 @@ TARGET = 0.99
 REPEATS = 3
 
 
+def shipped(fleet: str) -> fleet_file.FleetFile:
+    return fleet_file.load(ROOT / "examples" / f"fleet_{fleet}.toml", measurements.read())
+
+
 def runner(fleet: str, trace: Trace | None = None, repeats: int = 1) -> Runner:
-    file = fleet_file.load(ROOT / "examples" / f"fleet_{fleet}.toml", measurements.read())
-    return Runner(file, trace or trace_file.load(TRACE), repeats=repeats)
+    return Runner(shipped(fleet), trace or trace_file.load(TRACE), repeats=repeats)
 
 
 def requests_at_target() -> dict[str, Any]:

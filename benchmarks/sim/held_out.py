@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.sim import generate
-from benchmarks.sim.figures import ROOT, SLO_SCALE, TRACE, busy_trace, runner
-from prism_sgl.launch.replay import fleet_file, measurements, trace_file
+from benchmarks.sim.figures import SLO_SCALE, TRACE, busy_trace, runner, shipped
+from prism_sgl.launch.replay import trace_file
 from prism_sgl.launch.replay.runs import Runner
 from prism_sgl.launch.replay.trace_file import Trace
 from prism_sgl.schedulers.replay.outcomes import Summary
@@ -53,7 +53,7 @@ def fifty_eight(seed: int, trace: Trace) -> Runner:
 
 
 def _dealt(fleet: str, trace: Trace, parts: Sequence[tuple[int, float]]) -> Runner:
-    file = fleet_file.load(ROOT / "examples" / f"fleet_{fleet}.toml", measurements.read())
+    file = shipped(fleet)
     models = tuple(
         replace(spec, trace_model=number, trace_shift_s=shift_s)
         for spec, (number, shift_s) in zip(file.fleet.models, parts, strict=False)

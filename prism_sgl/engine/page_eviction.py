@@ -45,8 +45,8 @@ class Eviction:
             self.pages = cuts.choose(num_pages)
             self._keep = cuts.keep[:-1].tolist()
 
-    def carry_out(self) -> int:
-        """Take the cut tails and nodes out of the tree, children first; returns the tokens lost."""
+    def carry_out(self) -> None:
+        """Take the cut tails and nodes out of the tree, children first."""
         tree = self._tree
         lost = []
         for blocks in reversed(self._keep):
@@ -59,12 +59,9 @@ class Eviction:
             lost.append(node.value)
             tree._delete_leaf(node)
             tree._record_remove_event(node)
-        if not lost:
-            return 0
-        values = torch.cat(lost)
-        # Tree values are block-aligned copies of a request's row (radix_cache.py:579), and so are they all together.
-        self._allocator.free_segment(values, start_pos=0)
-        return len(values)
+        if lost:
+            # Tree values are block-aligned copies of a request's row (radix_cache.py:579), and so are they together.
+            self._allocator.free_segment(torch.cat(lost), start_pos=0)
 
 
 def rehearse(allocator: ElasticAllocator) -> None:

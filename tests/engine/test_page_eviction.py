@@ -35,7 +35,9 @@ def evict(elastic: Elastic, pages: int) -> int:
     """Tokens lost. What is said to be empty afterwards is, and is all that is new."""
     before = elastic.allocator.empty_pages()
     eviction = Eviction(elastic.tree, elastic.allocator, elastic.allocator.used_per_page(), pages)
-    lost = eviction.carry_out()
+    cached = elastic.tree.evictable_size()
+    eviction.carry_out()
+    lost = cached - elastic.tree.evictable_size()
     elastic.allocator.check()
     assert eviction.pages == [page for page in elastic.allocator.empty_pages() if page not in before]
     return lost
