@@ -3,10 +3,10 @@
     python -m benchmarks.gpu.overhead [--quick] [--rounds 12] [--requests 150] [--load full|low]
 
 Several engines stand on one card and start at once: ours once at full load and twice at low, plain SGLang twice. In
-each round all take a turn, each idle while another is measured, in an order that rotates. Engines of a kind count
-together; one against the other says what the comparison can tell at all: where a model's weights happened to come to
-lie on the card is worth 0.7 % of a decode step (docs/benchmarks.md), processes have their luck as well, and percentiles
-are noisy.
+each round all take a turn, each idle while another is measured, in an order that rotates, and all on the same cores
+(cores.py). Engines of a kind count together; one against the other says what the comparison can tell at all: where a
+model's weights happened to come to lie on the card is worth 0.7 % of a decode step (docs/benchmarks.md), and
+percentiles are noisy.
 
 Pools are equal, full of cached prefixes before the first round, and prompts differ in every round, so each request
 evicts. Full load: a round is 128 requests at once, 192 in + 192 out. Low load: a round is one request, 512 in + 32 out.
@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.children import Burst, Engine, different_flags, wait_all
+from benchmarks.gpu.cores import share_cores
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.models import KV_BYTES_PER_TOKEN, ensure_models
 from benchmarks.gpu.nvml import GIB
@@ -191,6 +192,7 @@ def measure_load(results: Results, model: Path, load: Load, rounds: int) -> None
         engines = {name: card.ours(name, model, ceiling_bytes=kv_bytes + GIB, **flags) for name in load.ours}
         engines |= {name: card.stock(name, model, **flags) for name in load.stock}
         wait_all([*engines.values()])
+        share_cores([*engines.values()])
         ours, stock = engines[load.ours[0]], engines[load.stock[0]]
         for name, values in different_flags(ours, stock).items():
             say(f"flag {name}: ours {values[0]}, stock {values[1]}")
@@ -204,7 +206,7 @@ def measure_load(results: Results, model: Path, load: Load, rounds: int) -> None
 def run(args: argparse.Namespace) -> None:
     results = open_results("overhead")
     (model,) = ensure_models("llama8b")
-    for name, load, rounds in (("full", FULL, args.rounds), ("low", LOW, args.requests)):
+    for name, load, rounds in (("low", LOW, args.requests), ("full", FULL, args.rounds)):
         if args.load in (None, name):
             with results.attempt(load.name):
                 measure_load(results, model, load, rounds)
