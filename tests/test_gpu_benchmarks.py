@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 
+from benchmarks.gpu import cores
 from benchmarks.gpu.card import Card, Neighbour
 from benchmarks.gpu.children import Action, Child, ChildError, Engine
 from benchmarks.gpu.engine_process import Ask, EngineHandler, EngineLike, Handler, random_ids
@@ -441,6 +442,24 @@ def test_every_script_runs_through(
     failed = [row for row in rows if "not run" in row.get("note", "") and "kvcached" not in row["what"]]
     assert not failed
     assert len(rows) == num_rows, [row["what"] for row in rows]
+
+
+def test_a_core_is_taken_once_and_never_the_first() -> None:
+    threads = {cpu: frozenset((cpu, cpu + 8)) for cpu in range(8)}
+    threads |= {cpu + 8: siblings for cpu, siblings in threads.items()}
+    assert cores.one_cpu_a_core(threads, 4) == [1, 2, 3, 4]
+    assert cores.one_cpu_a_core({cpu: frozenset((cpu,)) for cpu in range(4)}, 4) is None
+
+
+def test_all_threads_of_a_process_go_to_its_core(engine: Engine) -> None:
+    """The stand-in's name is neither the scheduler's nor the detokenizer's, so it counts as the tokenizer."""
+    (pid,) = engine.pids
+    allowed = os.sched_getaffinity(pid)
+    last = max(allowed)
+    cores.bind(pid, [min(allowed), min(allowed), last, min(allowed)])
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    assert threads and all(os.sched_getaffinity(thread) == {last} for thread in threads)
+    assert cores.thread_siblings().keys() == os.sched_getaffinity(0)
 
 
 def test_costs_come_from_the_results_as_they_are_written_now(

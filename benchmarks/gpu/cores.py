@@ -1,8 +1,8 @@
 """Which cores engines run on that are measured in turn: the same ones for all.
 
-A prefill of one request is bound by how fast Python launches kernels, and a core whose sibling another machine of the
-same host keeps busy does that 1.7 times slower (docs/benchmarks.md, "Overhead"). Engines left to themselves each stay
-on the core that they happened to start on, so two plain engines differ by up to 17 %.
+A prefill of one request is bound by how fast Python launches kernels, so by the core that the scheduler is on. Engines
+left to themselves stay where they happened to start: the first tokens of two plain engines then were up to 17 % apart
+(docs/benchmarks.md, "Overhead").
 """
 
 from __future__ import annotations

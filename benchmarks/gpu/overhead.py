@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu.overhead [--quick] [--rounds 12] [--requests 150] [--load full|low]
 
-Several engines stand on one card and start at once: ours once at full load and twice at low, plain SGLang twice. In
-each round all take a turn, each idle while another is measured, in an order that rotates, and all on the same cores
-(cores.py). Engines of a kind count together; one against the other says what the comparison can tell at all: where a
-model's weights happened to come to lie on the card is worth 0.7 % of a decode step (docs/benchmarks.md), and
-percentiles are noisy.
+Several engines stand on one card and start at once: plain SGLang twice, ours twice (at full load once, where the card
+has 80 GiB). In each round all take a turn, each idle while another is measured, in an order that rotates, and all on
+the same cores (cores.py). Engines of a kind count together; one against the other says what the comparison can tell at
+all: where a model's weights happened to come to lie on the card is worth 0.7 % of a decode step (docs/benchmarks.md),
+and percentiles are noisy.
 
 Pools are equal, full of cached prefixes before the first round, and prompts differ in every round, so each request
 evicts. Full load: a round is 128 requests at once, 192 in + 192 out. Low load: a round is one request, 512 in + 32 out.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,13 @@ from benchmarks.gpu.children import Burst, Engine, different_flags, wait_all
 from benchmarks.gpu.cores import share_cores
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.models import KV_BYTES_PER_TOKEN, ensure_models
-from benchmarks.gpu.nvml import GIB
+from benchmarks.gpu.nvml import GIB, card_info
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.session import bounded, open_results, say
 from benchmarks.gpu.stats import Ratio, Samples, Statistic, mean, quantile, ratio_of_rounds
 
 TARGET = 0.005
+_BESIDE_KV_BYTES = 18 * GIB  # of one 8B: weights, context, graphs, the activations of a prefill
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Load:
     warm_up: int
     seed: int
     kv_tokens: int  # a round does not fit beside the one before, or many
-    ours: tuple[str, ...]
+    ours: tuple[str, ...] = ("ours", "ours-again")
     stock: tuple[str, ...] = ("stock", "stock-again")
 
     def asks(self, number: int) -> list[Ask]:
@@ -67,7 +68,6 @@ FULL = Load(
     warm_up=2,
     seed=10_000_000,
     kv_tokens=54_000,
-    ours=("ours",),
 )
 LOW = Load(
     "low load, one request at a time, 512 in + 32 out",
@@ -75,7 +75,6 @@ LOW = Load(
     warm_up=5,
     seed=20_000_000,
     kv_tokens=9_000,
-    ours=("ours", "ours-again"),
 )
 
 
@@ -180,6 +179,12 @@ def take_turns(results: Results, engines: dict[str, Engine], load: Load, rounds:
         report(results, load, bursts)
 
 
+def fitting(load: Load, card_bytes: int, engine_bytes: int) -> Load:
+    """With the second engine of ours only where four of them have the room."""
+    engines = len(load.ours) + len(load.stock)
+    return load if engines * engine_bytes <= card_bytes else replace(load, ours=load.ours[:1])
+
+
 def measure_load(results: Results, model: Path, load: Load, rounds: int) -> None:
     flags = {
         "max_total_tokens": load.kv_tokens,
@@ -188,6 +193,7 @@ def measure_load(results: Results, model: Path, load: Load, rounds: int) -> None
         "log_level": "warning",
     }
     kv_bytes = load.kv_tokens * KV_BYTES_PER_TOKEN["llama8b"]
+    load = fitting(load, card_info().total_bytes, kv_bytes + _BESIDE_KV_BYTES)
     with Card(len(load.ours) * (16 * GIB + kv_bytes + 10 * GIB)) as card:
         engines = {name: card.ours(name, model, ceiling_bytes=kv_bytes + GIB, **flags) for name in load.ours}
         engines |= {name: card.stock(name, model, **flags) for name in load.stock}

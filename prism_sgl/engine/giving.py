@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Looking for what can be given waits for the device. While a target is not met, that is worth it so often.
 _LOOK_AGAIN_S = 0.02
+_LONGEST_REST = int(CLIP_MAX_NEW_TOKENS)
 
 
 class Giving:
@@ -134,12 +135,11 @@ class Giving:
 
     def _rest_of(self, requests: Iterable[Any]) -> int:
         """Tokens that they will still write, by SGLang's own estimate (schedule_policy.py:559)."""
-        ratio = self.scheduler.new_token_ratio_tracker.current
-        total = 0.0
-        for request in requests:
-            exact = request.sampling_params.ignore_eos
-            total += answer_tokens(request) * (1.0 if exact else ratio) + self.allocator.page_size
-        return math.ceil(total)
+        requests = list(requests)
+        exact = answers_tokens(r for r in requests if r.sampling_params.ignore_eos)
+        likely = answers_tokens(r for r in requests if not r.sampling_params.ignore_eos)
+        ratio: float = self.scheduler.new_token_ratio_tracker.current
+        return math.ceil(exact + likely * ratio + self.allocator.page_size * len(requests))
 
     def _excess_pages(self, granules: int) -> int:
         excess = self.memory.owner.held(Kind.KV) - granules
@@ -171,10 +171,14 @@ class Giving:
         return given, lost
 
 
-def answer_tokens(request: Any) -> int:
-    """Tokens that admission reserves for the rest of an answer (schedule_policy.py:559)."""
-    rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
-    return min(max(rest, 0), int(CLIP_MAX_NEW_TOKENS))
+def answers_tokens(requests: Iterable[Any]) -> int:
+    """Tokens that admission reserves for the rests of these answers (schedule_policy.py:559)."""
+    total = 0
+    for request in requests:  # no call in it: it runs in every decode step
+        rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
+        if rest > 0:
+            total += rest if rest < _LONGEST_REST else _LONGEST_REST
+    return total
 
 
 def chunk_rest(chunked: Any) -> int:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prism_sgl.engine.giving import Giving, answer_tokens, chunk_rest
+from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
@@ -81,11 +81,13 @@ class SafePoint:
     def _grow_for_work(self, running_batch: Any) -> bool:
         """Take what the work at hand wants, free memory first; True if it cannot go on with what there is."""
         waiting = self._waiting_tokens(running_batch)
-        running = self._running_tokens(running_batch)
-        busy = bool(waiting or running)
-        lacking = waiting + running - self.allocator.available_size()
+        busy = bool(waiting or running_batch.reqs)
         # At its ceiling an engine has nothing to ask for: its own prefix cache gives way. Nor while it owes.
-        wanted = 0 if self.giving.owes else min(lacking, self.allocator.unmapped_tokens())
+        room = 0 if self.giving.owes else self.allocator.unmapped_tokens()
+        # A loop over all running requests, in every decode step: only where its result counts.
+        running = self._running_tokens(running_batch) if room or waiting else 0
+        lacking = waiting + running - self.allocator.available_size()
+        wanted = min(lacking, room)
         pause_s = _STRANGER_RETRY_S if self._device_was_short else _RETRY_S
         if wanted > 0 and time.monotonic() - self._tried_at > pause_s:
             self._tried_at = time.monotonic()
@@ -158,15 +160,13 @@ class SafePoint:
         slots = self.scheduler.max_running_requests - len(running_batch.reqs)
         block = self.allocator.page_size
         waiting = self.scheduler.waiting_queue[: max(slots, 0)]
-        total = sum(
-            len(r.origin_input_ids) + len(r.output_ids) + answer_tokens(r) + 2 * block for r in waiting
-        )
+        prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
+        total = prompts + answers_tokens(waiting) + 2 * block * len(waiting)
         chunked = self.scheduler.chunked_req
         if chunked is not None:
-            total += chunk_rest(chunked) + answer_tokens(chunked) + 2 * block
+            total += chunk_rest(chunked) + answers_tokens([chunked]) + 2 * block
         return total
 
     def _running_tokens(self, running_batch: Any) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
-        block = self.allocator.page_size
-        return sum(answer_tokens(r) + block for r in running_batch.reqs)
+        return answers_tokens(running_batch.reqs) + self.allocator.page_size * len(running_batch.reqs)
