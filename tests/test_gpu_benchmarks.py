@@ -433,6 +433,9 @@ def test_every_script_runs_through(
     monkeypatch.setattr("benchmarks.gpu.children.ENGINE", HANDLER)
     monkeypatch.setattr("benchmarks.gpu.card.CARD", "tests.test_gpu_benchmarks:StandInCard")
     monkeypatch.setattr(script, "ensure_models", lambda *names: [tmp_path for _ in names])
+    monkeypatch.setattr(
+        script, "share_cores", lambda engines: None, raising=False
+    )  # stand-ins have one process
     for reading in ("card_used_mib", "process_mib"):
         if hasattr(script, reading):
             value = 700.0 if reading == "card_used_mib" else {1: 600.0}

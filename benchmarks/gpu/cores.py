@@ -14,19 +14,29 @@ from pathlib import Path
 from benchmarks.gpu.children import Engine
 from benchmarks.gpu.session import say
 
+SCHEDULER, DETOKENIZER = "sglang::scheduler", "sglang::detokenizer"  # how SGLang's children name themselves
 # The scheduler's own loop; its other threads (CUDA's, ZeroMQ's); the tokenizer's process; the detokenizer's.
 ROLES = ("scheduler", "scheduler's threads", "tokenizer", "detokenizer")
 
 
 def share_cores(engines: Sequence[Engine]) -> None:
-    """Bind each role of every engine to one core, the same for all engines. For such as never work at once."""
+    """Bind each role of every engine to one core, the same for all engines. For such as never work at once.
+
+    Raises:
+        RuntimeError: an engine shows no scheduler or detokenizer. All its processes would share one core, which cost
+            1 to 2 % of the throughput at full load (H200, 2026-11-29): the comparison would be void.
+    """
     cores = one_cpu_a_core(thread_siblings(), len(ROLES))
     if cores is None:
         say(f"engines run where the system puts them: {len(ROLES) + 1} cores are needed to bind them")
         return
     say("engines are bound to CPUs: " + ", ".join(f"{r} {c}" for r, c in zip(ROLES, cores, strict=True)))
     for engine in engines:
-        for pid in engine.pids:
+        titles = {pid: title(pid) for pid in engine.pids}
+        for role in (SCHEDULER, DETOKENIZER):
+            if not any(shown.startswith(role) for shown in titles.values()):
+                raise RuntimeError(f"{engine.name}: none of {titles} is {role}")
+        for pid in titles:
             bind(pid, cores)
 
 
@@ -51,13 +61,18 @@ def thread_siblings() -> dict[int, frozenset[int]]:
 def bind(pid: int, cores: Sequence[int]) -> None:
     """All threads that the process has now; those that they start inherit it. ``cores`` in the order of ``ROLES``."""
     loop, threads, tokenizer, detokenizer = cores
-    title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    shown = title(pid)
     for thread in map(int, os.listdir(f"/proc/{pid}/task")):
-        if title.startswith(b"sglang::scheduler"):
+        if shown.startswith(SCHEDULER):
             core = loop if thread == pid else threads
         else:
-            core = detokenizer if title.startswith(b"sglang::detokenizer") else tokenizer
+            core = detokenizer if shown.startswith(DETOKENIZER) else tokenizer
         os.sched_setaffinity(thread, (core,))
+
+
+def title(pid: int) -> str:
+    """What ``ps`` shows."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def _cpu_list(text: str) -> frozenset[int]:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from setproctitle import setproctitle
+
 from prism_sgl.engine.processes import die_with_parent, log_to
 from prism_sgl.engine.spec import current_spec
 from prism_sgl.errors import PrismError
@@ -45,7 +47,9 @@ class EarlyChild:
     def __init__(self, name: str, prepare: Callable[[], None]) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve_one_call, args=(os.getpid(), prepare, theirs), name=name)
+        self.process = spawn.Process(
+            target=_serve_one_call, args=(name, os.getpid(), prepare, theirs), name=name
+        )
         self.process.start()
         theirs.close()  # so that we see the end of the pipe when the child ends
 
@@ -106,8 +110,10 @@ def prepare_detokenizer() -> None:
     import sglang.srt.managers.detokenizer_manager  # noqa: F401
 
 
-def _serve_one_call(parent: int, prepare: Callable[[], None], connection: Connection) -> None:
+def _serve_one_call(name: str, parent: int, prepare: Callable[[], None], connection: Connection) -> None:
     die_with_parent(parent)
+    # Now, not only for who looks at ps: once the environment has changed, no title can be set any more, not SGLang's.
+    setproctitle(f"prism_sgl::{name}")
     began = time.monotonic()
     try:
         prepare()

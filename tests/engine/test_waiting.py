@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from setproctitle import setproctitle
 
 from prism_sgl.engine.early_children import EarlyChild, EarlyChildError
 from prism_sgl.engine.spec import SPEC_VARIABLE
@@ -149,6 +150,25 @@ def test_child_runs_its_function_with_our_environment_and_log(
     child.process.join()
     assert child.process.exitcode == 0
     assert "printed by the child" in (tmp_path / "chat.log").read_text()
+
+
+def entitle(pipe_writer: Connection) -> None:
+    """As SGLang does at the begin of its scheduler."""
+    setproctitle("sglang::scheduler")
+    pipe_writer.send(Path("/proc/self/cmdline").read_bytes().rstrip(b"\0 "))
+
+
+def test_child_has_a_title_and_takes_sglangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks at ps, or binds processes to cores, tells them apart by it."""
+    child = EarlyChild("scheduler", nothing)
+    child.wait_ready()
+    shown = Path(f"/proc/{child.process.pid}/cmdline").read_bytes().rstrip(b"\0 ")
+    assert shown == b"prism_sgl::scheduler"
+    spec = msgspec.structs.replace(SPEC, log_path=str(tmp_path / "chat.log"))
+    monkeypatch.setenv(SPEC_VARIABLE, msgspec.json.encode(spec).decode())
+    child.call(entitle, {}, reports_as="pipe_writer")
+    assert child.connection.recv() == b"sglang::scheduler"
+    child.process.join()
 
 
 @pytest.mark.parametrize(
