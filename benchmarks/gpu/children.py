@@ -158,6 +158,11 @@ class Burst:
         return [answer["tpot_s"] for answer in self.answers if answer["tpot_s"] is not None]
 
     @property
+    def handed_over_s(self) -> float:
+        """When the last request went to the engine, after the moment when it should have."""
+        return float(max(answer["sent_s"] for answer in self.answers))
+
+    @property
     def new_tokens(self) -> int:
         return sum(answer["tokens"] for answer in self.answers)
 

@@ -60,8 +60,9 @@ class SafePoint:
             return plan
         if self.memory.arrival is not None:
             self.memory.arrival.look()
-        if last_batch is not None:  # passes take memory; before the first one a request waits
-            self.memory.overhead.look()
+        # With overlap, what the pass before has computed is sent after this turn.
+        first_tokens_due = last_batch is not None and last_batch.forward_mode.is_extend()
+        self.memory.overhead.look(in_a_hurry=first_tokens_due or bool(self.scheduler.waiting_queue))
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
         short = self._grow_for_work(running_batch)

@@ -4,7 +4,8 @@ A block is ``block_tokens`` tokens (SGLang's ``page_size``), a page is the unit 
 numbers of blocks, which have gaps; the books count blocks densely (kv_layout.py). Blocks are taken
 lowest first, so that the highest pages come free and can be given back; SGLang's stock list is a FIFO that
 walks through the whole range (srt/mem_cache/allocator/token.py). Freed blocks wait in ``release_pages`` and are
-sorted back only when the sorted part runs short or has fallen behind: a sort is not worth a decode step.
+sorted back only when the sorted part runs short or has fallen behind, and not at all while nearly every block is in
+use: a sort is not worth a decode step.
 
 The list lives on the device. Its length is known on the host without a sync; which page a block is on is
 learned only in a reclaim, which may sync.
@@ -13,7 +14,7 @@ learned only in a reclaim, which may sync.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ from prism_sgl.engine.kv_layout import KvLayout
 
 # Sort the freed blocks back once they are more than this part of the list.
 _MERGE_WHEN_RELEASED = 1 / 8
+# With less of the usable blocks free than this, their order decides nothing about which pages come free. An engine
+# whose prefix cache is full is there all the time: each prefill and every third decode step of a large batch evicts.
+_SORT_WHEN_FREE = 1 / 8
 
 
 class ElasticBlocks:
@@ -41,10 +45,6 @@ class ElasticBlocks:
     free_pages: torch.Tensor
     release_pages: torch.Tensor
     _kvcache: Any
-
-    if TYPE_CHECKING:
-
-        def merge_and_sort_free(self) -> None: ...  # SGLang's (allocator/base.py)
 
     @property
     def elastic(self) -> ElasticPool:
@@ -106,10 +106,22 @@ class ElasticBlocks:
         ]
         self.release_pages = torch.cat((self.release_pages, *fresh))
 
+    def merge_and_sort_free(self) -> None:
+        """Released blocks can be taken again. In the place of SGLang's (allocator/base.py:72), which always sorts."""
+        if len(self.release_pages):
+            self.free_pages = torch.cat((self.free_pages, self.release_pages))
+            self.release_pages = torch.empty((0,), dtype=torch.int64, device=self.device)
+            if self._order_counts:
+                self.free_pages, _ = torch.sort(self.free_pages)
+
     def tidy(self) -> None:
         """Sort released blocks back when they have become many, so that low pages are filled first."""
-        if len(self.release_pages) > _MERGE_WHEN_RELEASED * len(self.free_pages):
+        if len(self.release_pages) > _MERGE_WHEN_RELEASED * len(self.free_pages) and self._order_counts:
             self.merge_and_sort_free()
+
+    @property
+    def _order_counts(self) -> bool:
+        return len(self.free_pages) + len(self.release_pages) > _SORT_WHEN_FREE * self.usable_blocks
 
     def used_per_page(self) -> npt.NDArray[np.int64]:
         """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used. Syncs with the device.

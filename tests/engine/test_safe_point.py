@@ -28,6 +28,7 @@ class Runtime:
         self.elastic = elastic
         self.room = NUM_PAGES  # pages that the device still has, whatever the ledger says
         self.asked: list[int] = []
+        self.in_a_hurry: list[bool] = []  # at each look at torch's memory
         really_map = elastic.pool.vmm.map
 
         def map_if_there_is_room(runs: Sequence[range]) -> None:
@@ -41,7 +42,7 @@ class Runtime:
             owner=elastic.owner,
             spec=SimpleNamespace(device="gpu0"),
             bell=SimpleNamespace(drain=lambda: None, wait=lambda seconds: None),
-            overhead=SimpleNamespace(look=lambda: None),
+            overhead=SimpleNamespace(look=lambda *, in_a_hurry: self.in_a_hurry.append(in_a_hurry)),
             arrival=None,
             ask_neighbours=self.asked.append,
         )
@@ -64,11 +65,11 @@ class Runtime:
             SimpleNamespace(origin_input_ids=prompt, output_ids=[], sampling_params=sampling)
         ]
 
-    def turn(self) -> None:
+    def turn(self, last_batch: object = None) -> None:
         self.point._tried_at = 0.0  # as if the pause between two tries were over
         running = SimpleNamespace(reqs=[], batch_is_full=False, is_empty=lambda: True)
         plan = SimpleNamespace(batch_to_run=object())
-        self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, running, None)
+        self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, running, last_batch)
 
 
 @pytest.fixture
@@ -122,3 +123,19 @@ def test_who_waits_asks_for_what_is_still_missing(runtime: Runtime, monkeypatch:
     runtime.point.memory.bell.wait = give  # type: ignore[method-assign]
     assert runtime.point.ensure_usable(16 * PAGE_TOKENS - 1)
     assert runtime.asked == [11, 6, 2]
+
+
+def test_no_first_token_waits_for_a_look_at_torchs_memory(runtime: Runtime) -> None:
+    prefill, decode = (
+        SimpleNamespace(
+            forward_mode=SimpleNamespace(is_extend=lambda mode=mode: mode), reqs=[], is_empty=lambda: True
+        )
+        for mode in (True, False)
+    )
+    runtime.turn()
+    runtime.wait_for(1)
+    runtime.turn()
+    runtime.scheduler.waiting_queue = []
+    runtime.turn(prefill)
+    runtime.turn(decode)
+    assert runtime.in_a_hurry == [False, True, True, False]

@@ -52,6 +52,27 @@ def test_lowest_slots_go_first_and_whole_pages_come_free(elastic: Elastic) -> No
     assert set(empty) >= {3, 4, 5}
 
 
+def test_a_full_pool_hands_freed_slots_out_as_they_came(elastic: Elastic) -> None:
+    """Nothing is sorted while a full prefix cache gives way to each request, and all of it once much is free."""
+    block = elastic.allocator.page_size
+    elastic.grow(5)
+    slots = elastic.allocator.alloc(elastic.allocator.available_size())
+    assert slots is not None
+    low, high = slots[:block], slots[-block:]
+    # SGLang's lists of blocks grow at their begins, of tokens at their ends.
+    for freed in (high, low) if block == 1 else (low, high):
+        elastic.allocator.free(freed)
+        elastic.allocator.tidy()
+    again = elastic.allocator.alloc(2 * block)
+    assert again is not None and torch.equal(again, torch.cat((high, low)))
+    elastic.allocator.check()
+    elastic.allocator.free(slots)
+    elastic.allocator.tidy()
+    free = elastic.allocator.free_pages
+    assert len(free) == len(slots) // block and bool((free[1:] > free[:-1]).all())
+    elastic.allocator.check()
+
+
 def test_given_back_pages_never_come_back_as_slots(elastic: Elastic) -> None:
     elastic.grow(5)
     held = elastic.allocator.alloc(16)
