@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,6 +14,7 @@ from prism_sgl.config import Config, ModelConfig
 from prism_sgl.launch.call import Call
 from prism_sgl.launch.errors_http import HttpError, unknown_model
 from prism_sgl.launch.forwarding import Forwarder
+from prism_sgl.launch.ledger_reader import ReadMemory
 from prism_sgl.launch.metrics import CONTENT_TYPE, Metrics
 from prism_sgl.launch.routes import Route
 from prism_sgl.messages import ModelStatus, RuntimeState, Status
@@ -38,7 +39,10 @@ def _json(content: object, status: int = 200) -> Answer:
 class Answers:
     """Owner of what was learned from Status: the last state of each model, and who has been up once."""
 
-    def __init__(self, config: Config, forwarder: Forwarder, metrics: Metrics) -> None:
+    def __init__(
+        self, config: Config, forwarder: Forwarder, metrics: Metrics, read_memory: ReadMemory
+    ) -> None:
+        self._read_memory = read_memory
         self._config = config
         self._forwarder = forwarder
         self._metrics = metrics
@@ -107,11 +111,11 @@ class Answers:
                 return Answer(200, self._metrics.render(), CONTENT_TYPE)
             case "/v1/models":
                 names = [call.model] if call.model is not None else list(self._config.models)
-                return _json({"object": "list", "data": [self._card(name) for name in names]})
+                return _json({"object": "list", "data": [*map(self._card, self._details(names))]})
             case "/v1/models/{model:path}":
-                return _json(self._card(self.resolve(call.params["model"])))
+                return _json(self._card(self._detail(self.resolve(call.params["model"]))))
             case "/api/v1/models":
-                return _json({"models": [self._detail(name) for name in self._config.models]})
+                return _json({"models": self._details(self._config.models)})
             case "/api/v1/models/{model:path}":
                 return _json(self._detail(self.resolve(call.params["model"])))
             case "/api/v1/devices":
@@ -121,9 +125,9 @@ class Answers:
             case "/api/version":
                 return _json({"version": self._version})
             case "/api/tags":
-                return _json({"models": [self._ollama(name) for name in self._config.models]})
+                return _json({"models": [*map(self._ollama, self._details(self._config.models))]})
             case "/api/ps":
-                return _json({"models": [self._ollama(name) for name in self._living()]})
+                return _json({"models": [*map(self._ollama, self._details(self._living()))]})
             case "/running":
                 running = [
                     {"model": name, "state": _llama_swap(self._state(name))} for name in self._living()
@@ -171,10 +175,10 @@ class Answers:
         content = {"ready": not reason, "reason": reason, "models": states}
         return _json(content, 503 if reason else 200)
 
-    def _card(self, name: str) -> Mapping[str, object]:
+    def _card(self, detail: Mapping[str, Any]) -> Mapping[str, object]:
         """As OpenAI and SGLang show a model; ``prism`` is ours."""
+        name = detail["name"]
         model = self._config.models[name]
-        detail = self._detail(name)
         return {
             "id": name,
             "object": "model",
@@ -187,27 +191,38 @@ class Answers:
         }
 
     def _detail(self, name: str) -> dict[str, Any]:
-        model, status = self._config.models[name], self._models.get(name)
-        known: dict[str, Any] = (
-            msgspec.structs.asdict(status) if status else {"name": name, "state": RuntimeState.COLD}
-        )
-        return {
-            **known,
-            "aliases": model.aliases,
-            "priority": model.priority,
-            "kv_share": model.kv_share,
-            "slo": {"ttft_ms": model.slo.ttft_s * 1000.0, "tpot_ms": model.slo.tpot_s * 1000.0},
-        }
+        return self._details([name])[0]
 
-    def _ollama(self, name: str) -> Mapping[str, object]:
-        status = self._models.get(name)
-        weights_bytes = status.weights_bytes if status else 0
+    def _details(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Memory is the ledger's, read once for all: what runtimes told one after the other adds up to more than there
+        is, while it goes from one to another."""
+        memory = {device.device: device for device in self._read_memory()}
+        details = []
+        for name in names:
+            model, status = self._config.models[name], self._models.get(name)
+            known: dict[str, Any] = (
+                msgspec.structs.asdict(status) if status else {"name": name, "state": RuntimeState.COLD}
+            )
+            if status and (device := memory.get(status.device or "")):
+                held = device.of(name)
+                known |= {"weights_bytes": held.weights_bytes, "kv_bytes": held.kv_bytes}
+            known |= {
+                "aliases": model.aliases,
+                "priority": model.priority,
+                "kv_share": model.kv_share,
+                "slo": {"ttft_ms": model.slo.ttft_s * 1000.0, "tpot_ms": model.slo.tpot_s * 1000.0},
+            }
+            details.append(known)
+        return details
+
+    def _ollama(self, detail: Mapping[str, Any]) -> Mapping[str, object]:
+        name, weights_bytes = detail["name"], detail.get("weights_bytes", 0)
         return {
             "name": name,
             "model": name,
             "modified_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._created)),
             "size": self._config.models[name].weights_bytes or weights_bytes,
-            "size_vram": weights_bytes + (status.kv_bytes if status else 0),
+            "size_vram": weights_bytes + detail.get("kv_bytes", 0),
             "digest": "",
             "details": {"format": "sglang", "family": "", "parameter_size": "", "quantization_level": ""},
         }

@@ -60,7 +60,7 @@ async def run_api_server(config: Config, run_dir: str, listener: socket.socket, 
     forwarder = Forwarder(api, run_dir, on_status=told)
     reader = LedgerReader(parse_ledgers(ledgers))
     metrics = Metrics(reader, lambda: forwarder.undecodable)
-    answers = Answers(config, forwarder, metrics)
+    answers = Answers(config, forwarder, metrics, reader)
     front = Front(config, forwarder, answers, metrics)
     server = _Server(
         uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Who holds device memory, read from the ledgers, for metrics."""
+"""Who holds device memory, read from the ledgers: for metrics, and for who asks how models are."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ class DeviceMemory:
     free_bytes: int
     returning_bytes: int  # left by dead owners, not shown free by the device yet
     owners: Sequence[OwnerMemory]
+
+    def of(self, model: str) -> OwnerMemory:
+        """What all runtimes of a model hold here; nothing, if it has none."""
+        mine = [owner for owner in self.owners if owner.model == model]
+        return OwnerMemory(
+            model=model,
+            weights_bytes=sum(owner.weights_bytes for owner in mine),
+            kv_bytes=sum(owner.kv_bytes for owner in mine),
+            overhead_bytes=sum(owner.overhead_bytes for owner in mine),
+        )
 
 
 ReadMemory = Callable[[], Sequence[DeviceMemory]]

@@ -141,16 +141,14 @@ class _Told(Collector):
                 ("free", memory.free_bytes),
             ):
                 devices.add_metric([memory.device, kind], size)
-            by_model: dict[tuple[str, str], int] = {}
-            for owner in owners:
+            for model in dict.fromkeys(owner.model for owner in owners):
+                held = memory.of(model)
                 for kind, size in (
-                    ("weights", owner.weights_bytes),
-                    ("kv", owner.kv_bytes),
-                    ("overhead", owner.overhead_bytes),
+                    ("weights", held.weights_bytes),
+                    ("kv", held.kv_bytes),
+                    ("overhead", held.overhead_bytes),
                 ):
-                    by_model[owner.model, kind] = by_model.get((owner.model, kind), 0) + size
-            for (model, kind), size in by_model.items():
-                models.add_metric([model, memory.device, kind], size)
+                    models.add_metric([model, memory.device, kind], size)
         yield devices
         yield models
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
 
 from prism_sgl.allocator.ledger import Ledger
+from prism_sgl.config import Config, load
+from prism_sgl.launch.answers import Answers
 from prism_sgl.launch.ledger_reader import DeviceMemory, LedgerReader, OwnerMemory, parse_ledgers
 from prism_sgl.launch.metrics import Metrics
 from prism_sgl.messages import DeviceStatus, ModelStatus, RuntimeId, RuntimeState, Status
@@ -102,3 +110,40 @@ def test_ledgers_are_read(tmp_path: Path) -> None:
         assert [owner.model for owner in memory.owners] == ["chat"]
         reader.close()
         owner.leave()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "models.toml"
+    device = '[[devices]]\nname = "host0"\nkind = "host"\nmemory = "64MiB"\n'
+    file.write_text(device + "".join(f'[models.{name}]\npath = "{tmp_path}"\n' for name in ("chat", "code")))
+    return load(file)
+
+
+def test_memory_of_models_is_the_ledgers_at_one_moment(config: Config) -> None:
+    """The runtime of chat said a GiB of weights; since then a neighbour has taken half of it."""
+    reads = []
+
+    def read() -> list[DeviceMemory]:
+        reads.append(1)
+        owners = [
+            OwnerMemory("chat", weights_bytes=GIB // 2, kv_bytes=0, overhead_bytes=1),
+            OwnerMemory("code", weights_bytes=8, kv_bytes=GIB // 2, overhead_bytes=0),
+        ]
+        return [DeviceMemory("host0", free_bytes=0, returning_bytes=0, owners=owners)]
+
+    forwarder = cast(Any, SimpleNamespace(status=None))
+    answers = Answers(config, forwarder, Metrics(read, lambda: 0), read)
+    answers.told(status())
+
+    def ask(path: str) -> Any:
+        route, call = SimpleNamespace(path=path), SimpleNamespace(model=None)
+        return json.loads(asyncio.run(answers.answer(cast(Any, route), cast(Any, call))).body)
+
+    chat, code = ask("/api/v1/models")["models"]
+    assert (chat["weights_bytes"], chat["kv_bytes"]) == (GIB // 2, 0)
+    assert "weights_bytes" not in code, "the router has not told of it yet"
+    assert len(reads) == 1
+    assert ask("/v1/models")["data"][0]["prism"]["weights_bytes"] == GIB // 2
+    assert ask("/api/ps")["models"][0]["size_vram"] == GIB // 2
