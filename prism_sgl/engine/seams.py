@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from setproctitle import getproctitle, setproctitle
 from sglang.srt.model_executor.model_runner import EagerRunner
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -141,6 +142,8 @@ def _batch_done(result: Any, scheduler: Any, batch: Any, _batch_result: Any) -> 
 def _init_info(result: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """The engine is complete: bind it to its memory; the facts travel to the worker with SGLang's own answer."""
     facts = sleep_wake.bind(scheduler)
+    # For ps and nvidia-smi: SGLang calls every model's engine the same.
+    setproctitle(f"{getproctitle()} {RuntimeMemory.current().spec.runtime}")
     return {**result, "prism": msgspec.to_builtins(facts)}
 
 

@@ -26,6 +26,12 @@ def test_openai_lists_all_models(client: openai.OpenAI) -> None:
     assert {"chat", "code"} <= {model.id for model in client.models.list()}
 
 
+@pytest.mark.parametrize("model", ["chat", "code"])
+def test_ps_tells_whose_an_engine_is(system: System, model: str) -> None:
+    shown = system.processes()[system.runtime_pids(model)["scheduler"]]
+    assert shown.startswith(f"sglang::scheduler {model}@host0.")
+
+
 @pytest.mark.parametrize("model", ["chat", "small", "code"])
 def test_openai_chat(client: openai.OpenAI, model: str) -> None:
     reply = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=16, temperature=0)
