@@ -483,6 +483,22 @@ def test_costs_come_from_the_results_as_they_are_written_now(
         costs.main()
 
 
+def test_costs_of_two_cards_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import costs
+
+    for name, card in (("overhead", "NVIDIA H200"), ("wake", "NVIDIA H100 80GB HBM3")):
+        result = {"card": card, "date": "2026-11-29", "command": name, "rows": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(
+        sys, "argv", ["costs", "--results", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    )
+    with pytest.raises(
+        SystemExit, match=r"wake\.json is of one NVIDIA H100 80GB HBM3, the others of one NVIDIA H200"
+    ):
+        costs.main()
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
     from benchmarks.gpu import tables
 

@@ -50,6 +50,10 @@ class Rows:
                 result = json.loads(path.read_bytes())
             except (OSError, ValueError) as error:
                 sys.exit(f"{path} cannot be read ({error}); run python -m benchmarks.gpu.{name}")
+            if self.card not in ("", result["card"]):
+                sys.exit(
+                    f"{path} is of one {result['card']}, the others of one {self.card}: costs of both are nobody's"
+                )
             self.card = result["card"]
             self.sources[name] = f"{result['date']}, {result['command']}"
             self._rows |= {row["what"]: row for row in result["rows"]}
