@@ -433,9 +433,8 @@ def test_every_script_runs_through(
     monkeypatch.setattr("benchmarks.gpu.children.ENGINE", HANDLER)
     monkeypatch.setattr("benchmarks.gpu.card.CARD", "tests.test_gpu_benchmarks:StandInCard")
     monkeypatch.setattr(script, "ensure_models", lambda *names: [tmp_path for _ in names])
-    monkeypatch.setattr(
-        script, "share_cores", lambda engines: None, raising=False
-    )  # stand-ins have one process
+    # Stand-ins have one process, and there are no roles to bind.
+    monkeypatch.setattr(script, "share_cores", lambda engines: None, raising=False)
     for reading in ("card_used_mib", "process_mib"):
         if hasattr(script, reading):
             value = 700.0 if reading == "card_used_mib" else {1: 600.0}
@@ -459,7 +458,7 @@ def test_all_threads_of_a_process_go_to_its_core(engine: Engine) -> None:
     (pid,) = engine.pids
     allowed = os.sched_getaffinity(pid)
     last = max(allowed)
-    cores.bind(pid, [min(allowed), min(allowed), last, min(allowed)])
+    cores.bind(pid, cores.title(pid), [min(allowed), min(allowed), last, min(allowed)])
     threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
     assert threads and all(os.sched_getaffinity(thread) == {last} for thread in threads)
     assert cores.thread_siblings().keys() == os.sched_getaffinity(0)

@@ -36,8 +36,8 @@ def share_cores(engines: Sequence[Engine]) -> None:
         for role in (SCHEDULER, DETOKENIZER):
             if not any(shown.startswith(role) for shown in titles.values()):
                 raise RuntimeError(f"{engine.name}: none of {titles} is {role}")
-        for pid in titles:
-            bind(pid, cores)
+        for pid, shown in titles.items():
+            bind(pid, shown, cores)
 
 
 def one_cpu_a_core(siblings: Mapping[int, frozenset[int]], count: int) -> list[int] | None:
@@ -58,10 +58,12 @@ def thread_siblings() -> dict[int, frozenset[int]]:
     return found
 
 
-def bind(pid: int, cores: Sequence[int]) -> None:
-    """All threads that the process has now; those that they start inherit it. ``cores`` in the order of ``ROLES``."""
+def bind(pid: int, shown: str, cores: Sequence[int]) -> None:
+    """All threads that the process has now; those that they start inherit it.
+
+    ``shown``: its title, which says what it is. ``cores`` in the order of ``ROLES``.
+    """
     loop, threads, tokenizer, detokenizer = cores
-    shown = title(pid)
     for thread in map(int, os.listdir(f"/proc/{pid}/task")):
         if shown.startswith(SCHEDULER):
             core = loop if thread == pid else threads
