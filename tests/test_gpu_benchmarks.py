@@ -23,7 +23,7 @@ from benchmarks.gpu.card import Card, Neighbour
 from benchmarks.gpu.children import Action, Child, ChildError, Engine
 from benchmarks.gpu.engine_process import Ask, EngineHandler, EngineLike, Handler, random_ids
 from benchmarks.gpu.nvml import GIB, MIB
-from benchmarks.gpu.results import Results, result_path
+from benchmarks.gpu.results import ROOT, Results, result_path
 from benchmarks.gpu.session import OutOfTimeError, bounded
 from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_rounds
 from prism_sgl.allocator.ledger import Kind, Ledger
@@ -464,17 +464,19 @@ def test_all_threads_of_a_process_go_to_its_core(engine: Engine) -> None:
     assert cores.thread_siblings().keys() == os.sched_getaffinity(0)
 
 
+@pytest.mark.parametrize(("card", "folder"), [("h200", ""), ("h100", "h100")])
 def test_costs_come_from_the_results_as_they_are_written_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A renamed row must not be found out by the next one who wants to replay on a new card's costs."""
     from benchmarks.gpu import costs
     from prism_sgl.launch.replay import measurements
 
     out = tmp_path / "costs.json"
-    monkeypatch.setattr(sys, "argv", ["costs", "--out", str(out)])
+    results = ROOT / "benchmarks/results/gpu" / folder
+    monkeypatch.setattr(sys, "argv", ["costs", "--results", str(results), "--out", str(out)])
     costs.main()
-    found, shipped = measurements.read(out), measurements.read()
+    found, shipped = measurements.read(out), measurements.read(measurements.CARDS[card])
     assert found.bytes_per_s == pytest.approx(shipped.bytes_per_s, rel=0.1)
     assert found.asleep_bytes == pytest.approx(shipped.asleep_bytes, rel=0.2)
     monkeypatch.setattr(sys, "argv", ["costs", "--results", str(tmp_path), "--out", str(out)])

@@ -1,10 +1,10 @@
 """The file of costs that replays count with, from the results of the GPU benchmarks on one card.
 
-    python -m benchmarks.gpu.costs [--results benchmarks/results/gpu] [--out FILE]
+    python -m benchmarks.gpu.costs --out FILE [--results benchmarks/results/gpu]
 
 Reads overhead.json (overhead_low.json too, if low load was measured in a run of its own), wake.json, grow.json and
-residual.json. Without ``--out`` it replaces the H100's that comes with the package, and with it every figure of the
-simulator: run ``benchmarks.sim.figures`` then.
+residual.json. Those that come with the package are prism_sgl/launch/replay/h100.json and h200.json; every figure of the
+simulator rests on the H100's, so who replaces it runs ``benchmarks.sim.figures``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.overhead import FULL, LOW
 from benchmarks.gpu.results import ROOT
 from prism_sgl.launch.replay.measurements import (
-    H100,
     LARGE_BYTES,
     PREFILL_TOKENS_PER_S,
     Measured,
@@ -115,7 +114,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gpu")
-    parser.add_argument("--out", type=Path, default=H100)
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows = Rows(args.results)
     file = MeasuredFile(card=rows.card, sources=rows.sources, costs=derive(rows))

@@ -1,4 +1,6 @@
-"""The tables of docs/benchmarks.md, from benchmarks/results/gpu/*.json, so that no number is copied by hand.
+"""The tables of docs/benchmarks.md, from benchmarks/results/gpu, so that no number is copied by hand.
+
+The last run of each benchmark lies there, runs on another card in a folder below it named by that card.
 
 python -m benchmarks.gpu.tables            # writes them between the two marks
 """
@@ -20,7 +22,7 @@ _VERDICTS = {True: "met", False: "**missed**", None: ""}
 def table(result: dict[str, Any]) -> str:
     """One benchmark: its command, card and date, and a line a row."""
     lines = [
-        f"### {result['name']}",
+        f"### {result['name']}, {result['card'].removeprefix('NVIDIA ').partition(' ')[0]}",
         "",
         f"`{result['command']}`, {result['card']}, driver {result['driver']}, {result['date']}",
         "",
@@ -40,7 +42,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def tables(folder: Path = ROOT / "benchmarks/results/gpu") -> str:
-    return "\n\n".join(table(json.loads(file.read_text())) for file in sorted(folder.glob("*.json")))
+    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
+    return "\n\n".join(table(json.loads(file.read_text())) for file in files)
 
 
 def write(page: Path = PAGE) -> None:

@@ -151,6 +151,13 @@ def test_an_8b_costs_what_was_measured(measured: measurements.Measured) -> None:
     assert full == pytest.approx(0.0114, rel=0.05)  # TPOT at full load
 
 
+def test_an_8b_costs_less_on_the_card_with_more_bandwidth(measured: measurements.Measured) -> None:
+    size = {"weights_bytes": int(14.96 * (1 << 30)), "kv_bytes_per_token": 131072, "context_tokens": 4096}
+    h200 = measurements.costs(measurements.read(measurements.CARDS["h200"]), **size)
+    assert h200.step_s == pytest.approx(0.00477, rel=0.02)  # TPOT at low load
+    assert h200.step_s < 0.8 * measurements.costs(measured, **size).step_s
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"card": "x", "sources": {}, "costs": {"bytes_per_s": 1}}'])
 def test_a_file_that_has_no_costs_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "costs.json"
@@ -180,6 +187,21 @@ def test_replay_writes_the_json_of_each_run(tmp_path: Path) -> None:
     assert all(wanted <= set(run) for run in runs)
     assert {run["requests"] for run in runs} == {40, 80}
     assert "muxserve" in result.output
+
+
+def test_costs_are_of_a_card_that_is_named_or_of_a_file(tmp_path: Path) -> None:
+    fleet, trace = write(tmp_path)
+    ttfts = {}
+    for costs in ("h100", "h200", str(measurements.CARDS["h200"])):
+        out = tmp_path / "out.json"
+        command = f"replay --fleet {fleet} --trace {trace} --policy muxserve --costs {costs} --json {out}"
+        result = CliRunner().invoke(cli, command.split())
+        assert result.exit_code == 0, result.output
+        ttfts[costs] = json.loads(out.read_text())["runs"][0]["ttft_p50_s"]
+    assert ttfts["h100"] > ttfts["h200"] == ttfts[str(measurements.CARDS["h200"])]
+    command = f"replay --fleet {fleet} --trace {trace} --costs h300"
+    with fails("h300", "cannot be read", r"name a card \(h100, h200\)"):
+        CliRunner().invoke(cli, command.split(), catch_exceptions=False)
 
 
 def test_plan_finds_the_fewest_devices(tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ class _Url(click.ParamType[str]):
         return str(value).rstrip("/").removesuffix("/v1")
 
 
+class _Costs(click.Path):
+    """The name of a card whose costs come with the package, or a file."""
+
+    name = "CARD|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        return measurements.CARDS.get(str(value)) or super().convert(value, param, context)
+
+
 _POSITIVE = click.FloatRange(0.01, 10_000)
 
 
@@ -91,10 +100,11 @@ def _shared(command: F) -> F:
         click.option("--policy", type=_Names(), default="prism,static,muxserve,paper", show_default=True),
         click.option(
             "--costs",
-            type=path,
-            default=measurements.H100,
-            metavar="FILE",
-            help="Of `python -m benchmarks.gpu.costs`; else those of an H100.",
+            type=_Costs(path_type=Path),
+            default="h100",
+            show_default=True,
+            metavar="CARD|FILE",
+            help=f"Measured on {' or '.join(measurements.CARDS)}, or a file of `python -m benchmarks.gpu.costs`.",
         ),
         click.option(
             "--tries", type=click.IntRange(1, 16), default=4, show_default=True, help="Tunings tried."

@@ -1,4 +1,4 @@
-"""Costs of a model on a card, from what was measured there: an H100's come with the package (h100.json).
+"""Costs of a model on a card, from what was measured there: an H100's and an H200's come with the package.
 
 ``python -m benchmarks.gpu.costs`` writes such a file from the results of the GPU benchmarks. A number that nobody
 measured is an assumption of ``ASSUMED``, listed by name in every result, so that a reader sees what stands on
@@ -16,14 +16,15 @@ from prism_sgl.errors import ConfigError
 from prism_sgl.schedulers.replay.spec import ModelCosts
 from prism_sgl.units import round_up
 
-H100 = Path(__file__).with_name("h100.json")
+CARDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("h100", "h200")}
+H100 = CARDS["h100"]
 _MIB = 1 << 20
 _PAGE_BYTES = 128 * _MIB
 LARGE_BYTES = 14.96 * (1 << 30)  # weights of the 8B that was measured
 
 # Not measured by benchmarks/gpu; where each comes from.
 ASSUMED: dict[str, str] = {
-    "prefill_tokens_per_s": "40,000 for the 8B: 48 x 4096 on the same card (shared/gpu/README.md); no JSON row",
+    "prefill_tokens_per_s": "40,000 for the 8B: 48 x 4096 on an H100 (shared/gpu/README.md); no JSON row",
     "prefill of other sizes": "in proportion to weights from the 8B, at most 150,000 tokens/s; not measured",
     "decode of other sizes": "weights and KV read at the 8B's effective bandwidth, a step 2 ms at least; not measured",
     "time sharing": "n engines that compute at once get 1/n of the device each (no MPS); not measured",
@@ -67,7 +68,7 @@ class MeasuredFile(msgspec.Struct, frozen=True):
 
 def read(path: Path = H100) -> Measured:
     """Raises ConfigError: there is no such file, or it is none of ``python -m benchmarks.gpu.costs``."""
-    remedy = "make it by `python -m benchmarks.gpu.costs`, or leave --costs out for an H100's"
+    remedy = f"make it by `python -m benchmarks.gpu.costs`, or name a card ({', '.join(CARDS)})"
     try:
         found = msgspec.json.decode(path.read_bytes(), type=MeasuredFile).costs
     except OSError as error:
