@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 # sysexits.h: what a supervisor such as systemd reads (RestartPreventExitStatus=78).
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -9,6 +11,16 @@ EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
 EXIT_TEMPFAIL = 75
 EXIT_CONFIG = 78
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words; negative: killed by that signal."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
 
 
 class PrismError(Exception):

@@ -400,11 +400,19 @@ class SupervisorHello(Message, frozen=True):
 
 
 class RuntimeExited(Message, frozen=True):
-    """supervisor -> router: the worker and all its children are gone; its granules return."""
+    """supervisor -> router: the worker and all its children are gone; its granules return.
+
+    ``error``: what the end of its log tells, for the states of models; whose request is lost is told the reason only.
+    """
 
     runtime: RuntimeId
     reason: str
+    error: str = ""
     expected: bool = False
+
+    @property
+    def whole_reason(self) -> str:
+        return f"{self.reason}: {self.error}" if self.error else self.reason
 
 
 RouterToSupervisor = StartRuntime | StopRuntime | Introduce

@@ -22,7 +22,7 @@ from prism_sgl import addresses
 from prism_sgl.engine.early_children import EarlyChildren
 from prism_sgl.engine.seams import prove_hooks
 from prism_sgl.engine.support import refuse_unsupported_options
-from prism_sgl.errors import ConfigError
+from prism_sgl.errors import ConfigError, describe_exit
 from prism_sgl.messages import RuntimeFacts, RuntimeSpec
 
 # What every runtime needs, whatever the user asks for.
@@ -157,6 +157,14 @@ class RunningEngine:
     rpc_ipc_name: str
     facts: RuntimeFacts
     phases: dict[str, float]
+    watchdog: Any  # SGLang's, over scheduler and detokenizer
+
+    def who_ended(self) -> str:
+        """SGLang's process that is gone, and how; "" while all live (SGLang's watchdog.py:166)."""
+        for process, name in zip(self.watchdog._processes, self.watchdog._names, strict=True):
+            if not process.is_alive():
+                return f"SGLang's {name} is gone, {describe_exit(process.exitcode)}"
+        return ""
 
 
 def start_engine(spec: RuntimeSpec, early: EarlyChildren | None = None) -> RunningEngine:
@@ -199,6 +207,7 @@ def start_engine(spec: RuntimeSpec, early: EarlyChildren | None = None) -> Runni
         rpc_ipc_name=ports.rpc_ipc_name,
         facts=msgspec.convert(info["prism"], RuntimeFacts),
         phases={name: value for name, value in startup.items() if isinstance(value, int | float)},
+        watchdog=watchdog,
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from prism_sgl import messages
 from prism_sgl.backoff import Backoff
+from prism_sgl.errors import describe_exit
 from prism_sgl.messages import (
     Imported,
     ImportsFailed,
@@ -109,8 +110,7 @@ class WaitingRoom:
             self._hear(waiter)  # its last words may lie in the socket
         del self._waiters[pid]
         waiter.channel.close()
-        ended = f"exit code {exit_code}" if exit_code >= 0 else f"killed by signal {-exit_code}"
-        self._failed(f"waiting worker {pid} ended: {waiter.reason or ended}", exit_code)
+        self._failed(f"waiting worker {pid} ended: {waiter.reason or describe_exit(exit_code)}", exit_code)
         return True
 
     # -- waiting workers

@@ -112,7 +112,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
             # SGLang's watchdog says with SIGQUIT that a child is gone, and its handler then takes five seconds for
             # diagnostics. The standby ends what is left of our session, and the model is back sooner.
-            asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, _engine_died)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, self._engine_died)
             context = zmq.asyncio.Context()
             self.router = context.socket(zmq.DEALER)
             self.router.setsockopt(zmq.IDENTITY, self.spec.runtime.encode())
@@ -238,10 +238,11 @@ class Worker:
             in_flight=len(self.bridge.running),
         )
 
-
-def _engine_died() -> None:
-    log.error("a process of the engine ended; see above for the reason")
-    os._exit(1)
+    def _engine_died(self) -> None:
+        # A scheduler that has caught an exception says so before it ends, and its error stands above.
+        if ended := self.engine.who_ended():
+            log.error("EngineError: %s", ended)
+        os._exit(1)
 
 
 def serve(spec: RuntimeSpec, *, wanted_at_s: float | None = None, early: EarlyChildren | None = None) -> None:

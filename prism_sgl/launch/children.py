@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prism_sgl.launch import exec_child
+
+_STAMP = re.compile(r"^\[\d[^]]*\] ")  # with which SGLang begins a line
 
 
 class Child:
@@ -64,24 +67,25 @@ def start_child(
     return Child(name, popen)
 
 
-def describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"
+def why_ended(code: int, log: Path, *, served: bool = False) -> str:
+    """What can be said beyond the exit code of a process that was not meant to end: mostly a line of its log's end.
 
-
-def last_error(log: Path) -> str:
-    """The line of a log's end that tells why its process ended: the last error, else the last line."""
+    That is the last error, else the last line if it ended by itself. ``served``: then only an error counts, since the
+    last line may be somebody's request. Whom another one's signal ended had no time to say why.
+    """
+    if code == -signal.SIGKILL:
+        return "not by prism_sgl; if memory was short, dmesg names the kernel's out-of-memory killer"
+    if code == -signal.SIGTERM:
+        return "not by prism_sgl"
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (64 << 10)))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = [_STAMP.sub("", line) for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    telling = [line for line in lines if _tells(line)] or [line for line in lines if line.strip()]
+    telling = [line for line in lines if _tells(line)]
+    if not telling and code >= 0 and not served:
+        telling = [line for line in lines if line.strip()]
     return telling[-1].strip()[:300] if telling else ""
 
 

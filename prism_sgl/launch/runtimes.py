@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +12,8 @@ from prism_sgl import addresses
 from prism_sgl.config import Config, DeviceConfig, ModelConfig, log_dir
 from prism_sgl.launch.run_dir import remove_listed
 from prism_sgl.messages import RuntimeId, RuntimeSpec
+
+KEPT_LOGS = 10  # of a model's runtimes that have ended
 
 
 @dataclass
@@ -52,6 +57,19 @@ def build_spec(
         log_level=config.server.log_level,
         weights_bytes=model.weights_bytes,
     )
+
+
+def begin_log(path: Path, living: Collection[Path]) -> None:
+    """Nothing of an earlier launch shall be in it; of its model's other logs the newest ``KEPT_LOGS`` stay.
+
+    ``living``: logs that runtimes write to.
+    """
+    if path.exists():
+        os.replace(path, f"{path}.old")
+    of_model = glob.escape(path.name.rpartition("@")[0])
+    ended = set(path.parent.glob(f"{of_model}@*.log*")).difference(living)
+    for old in sorted(ended, key=lambda log: log.stat().st_mtime_ns, reverse=True)[KEPT_LOGS:]:
+        old.unlink(missing_ok=True)
 
 
 def remove_files(spec: RuntimeSpec) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from signal import SIGKILL, Signals
 
 from prism_sgl.backoff import Backoff
-from prism_sgl.launch.children import Child, describe_exit, last_error
+from prism_sgl.errors import describe_exit
+from prism_sgl.launch.children import Child, why_ended
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import RunDir
 from prism_sgl.launch.tasks import Fail, start_task
@@ -91,7 +92,7 @@ class Service:
             if self._stopping.is_set():
                 return
             reason = describe_exit(code)
-            if code >= 0 and (error := last_error(self._log)):
+            if error := why_ended(code, self._log):
                 reason += f": {error}"
             if self._gone is not None:
                 await self._gone(reason)

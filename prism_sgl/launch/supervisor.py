@@ -17,8 +17,8 @@ from typing import TextIO
 
 from prism_sgl.allocator.ledger import Ledger
 from prism_sgl.config import Config, DeviceConfig, log_dir, run_dir
-from prism_sgl.errors import EXIT_OK
-from prism_sgl.launch.children import Child, describe_exit, last_error, start_child
+from prism_sgl.errors import EXIT_OK, describe_exit
+from prism_sgl.launch.children import Child, start_child, why_ended
 from prism_sgl.launch.image_store import ImageStore
 from prism_sgl.launch.listen import listen
 from prism_sgl.launch.processes import end_sessions
@@ -26,7 +26,7 @@ from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.readiness import Readiness
 from prism_sgl.launch.router_link import RouterLink
 from prism_sgl.launch.run_dir import RunDir
-from prism_sgl.launch.runtimes import Runtime, build_spec, remove_files
+from prism_sgl.launch.runtimes import Runtime, begin_log, build_spec, remove_files
 from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import StandbyLink, private_environment
 from prism_sgl.launch.tasks import start_task
@@ -229,6 +229,7 @@ class Supervisor:
             return
         ledger_path = self._directory.ledger_path(device.name)
         spec = build_spec(self._config, wanted.runtime, model, device, self._directory.path, ledger_path)
+        begin_log(Path(spec.log_path), [Path(runtime.spec.log_path) for runtime in self._runtimes.values()])
         self._runtimes[wanted.runtime] = Runtime(spec)
         self._progress.line(f"{wanted.runtime}: starts")
         self._progress.watch(spec.run_dir, wanted.runtime)
@@ -254,10 +255,9 @@ class Supervisor:
             case WorkerExited():
                 self._directory.forget(message.pid)
                 if runtime := self._runtimes.get(message.runtime):
-                    reason = describe_exit(message.exit_code)
-                    if runtime.kill_reason is None and (error := last_error(Path(runtime.spec.log_path))):
-                        reason += f": {error}"
-                    self._lose(runtime, reason)
+                    code, log = message.exit_code, Path(runtime.spec.log_path)
+                    error = "" if runtime.kill_reason else why_ended(code, log, served=runtime.ready)
+                    self._lose(runtime, describe_exit(code), error)
 
     async def _lose_runtimes(self, device: DeviceConfig, reason: str) -> None:
         lost = [runtime for runtime in self._runtimes.values() if runtime.spec.device == device.name]
@@ -268,8 +268,9 @@ class Supervisor:
                 self._directory.forget(runtime.pid)
             self._lose(runtime, reason)
 
-    def _lose(self, runtime: Runtime, reason: str) -> None:
+    def _lose(self, runtime: Runtime, reason: str, error: str = "") -> None:
         spec, expected = runtime.spec, runtime.kill_reason is not None
+        exited = RuntimeExited(runtime=spec.runtime, reason=reason, error=error, expected=expected)
         self._runtimes.pop(spec.runtime, None)
         self._progress.forget(spec.runtime)
         remove_files(spec)
@@ -278,10 +279,10 @@ class Supervisor:
             # memory of a card is free only its driver can tell.
             with Ledger.open(spec.ledger_path) as ledger:
                 ledger.reap(None)
-        self._progress.line(f"{spec.runtime}: ended ({runtime.kill_reason or reason})")
-        self._link.send(RuntimeExited(runtime=spec.runtime, reason=reason, expected=expected))
+        self._progress.line(f"{spec.runtime}: ended ({runtime.kill_reason or exited.whole_reason})")
+        self._link.send(exited)
         if not runtime.ready and not expected:
-            self._readiness.settle(spec.model, f"failed: {reason}")
+            self._readiness.settle(spec.model, f"failed: {exited.whole_reason}")
         if not self._runtimes:
             self._none_left.set()
 

@@ -154,7 +154,10 @@ class AdminDesk:
         if verb == "move":
             if model.runtime.device == ask.device:
                 return 200, f"{says}, on {ask.device}"
-            return None if self._mover.target(model) == ask.device else (409, f"{says}; it did not move")
+            if self._mover.target(model) == ask.device:
+                return None
+            why = self._mover.why_given_up(model)
+            return 409, f"{says}; it did not move" + (f": {why}" if why else "")
         if verb == "unload":
             return (200, says) if state in (COLD, FAILED, STARTING) and not model.others else None
         if state is AWAKE or (state is ASLEEP and verb == "load"):

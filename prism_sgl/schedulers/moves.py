@@ -58,6 +58,7 @@ class Mover:
         self._lifecycle = lifecycle
         self._moves: dict[str, _Move] = {}
         self._rests_until: dict[str, float] = {}
+        self._why_given_up: dict[str, str] = {}  # of each model's last move, if it came to nothing
         self._sought = (-math.inf, 0)  # until then no device is looked for, for those who need as much
         self._spareless = dict.fromkeys(fleet.models)  # may have no spare
         self.has_news = False  # a move waits to be looked at
@@ -85,6 +86,10 @@ class Mover:
             self._rests_until.pop(model.name, None)
             return 0.0
         return until
+
+    def why_given_up(self, model: Model) -> str:
+        """Of its last move; "" if none was, or it is not over."""
+        return self._why_given_up.get(model.name, "")
 
     def refusal(self, model: Model, device: str) -> str | None:
         """Why this model can't move there now, whatever it would be good for."""
@@ -114,6 +119,7 @@ class Mover:
     ) -> None:
         assert model.runtime.state is ASLEEP or self.refusal(model, device) is None
         self._moves[model.name] = _Move(device, role, why, now, model.runtime.state, waits_for)
+        self._why_given_up.pop(model.name, None)
         self.has_news = True
         verb = "gets a replica on" if role is Role.REPLICA else "moves to"
         self._fleet.note(f"{model.name}: {verb} {device} ({why})")
@@ -308,6 +314,7 @@ class Mover:
 
     def _give_up(self, model: Model, why: str, now: float) -> None:
         move = self._moves.pop(model.name)
+        self._why_given_up[model.name] = why
         wait_s = self._cool_down_s * (1 if move.runtime is None else _FAILED)
         self._rests_until[model.name] = now + wait_s
         self._fleet.touch(model)

@@ -80,10 +80,11 @@ class SupervisorDesk:
             self._fleet.remember_exit(message.runtime)
             self._desk.lose(message.runtime, message.reason, now)
         else:
-            self._exited(runtime, message.reason, now, expected=message.expected)
+            self._exited(runtime, message, now)
 
-    def _exited(self, runtime: Runtime, reason: str, now: float, *, expected: bool) -> None:
+    def _exited(self, runtime: Runtime, message: RuntimeExited, now: float) -> None:
         model, is_home = runtime.model, runtime is runtime.model.runtime
+        expected, reason = message.expected, message.whole_reason
         assert runtime.id is not None
         if expected or runtime.state is STOPPING:
             if is_home:
@@ -101,7 +102,7 @@ class SupervisorDesk:
         if is_home and (heir := _heir(model)) is not None:
             self._fleet.make_home(heir, f"the runtime on {runtime.device} is gone: {reason}")
             self._lifecycle.call_off_drain(heir, now)
-        self._desk.lose(runtime.id, reason, now)
+        self._desk.lose(runtime.id, message.reason, now)
         for sibling in model.siblings:
             if sibling.runtime.state not in (COLD, FAILED, STOPPING):
                 self._lifecycle.stop(sibling.runtime, now, f"{model.name} is gone: {reason}")

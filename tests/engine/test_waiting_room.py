@@ -242,7 +242,7 @@ def test_death_of_a_ready_worker_is_noticed_before_it_is_needed(room: Room) -> N
     second.say("imported")
     room.spawn(CHAT)
     assert room.told() == Spawned(runtime=CHAT, pid=second.pid)
-    assert f"waiting worker {first.pid} ended: killed by signal 9" in room.log.read_text()
+    assert f"waiting worker {first.pid} ended: killed by SIGKILL" in room.log.read_text()
 
 
 def test_kill_of_a_spec_that_waits_costs_no_waiting_worker(room: Room) -> None:

@@ -146,7 +146,7 @@ def test_new_router_is_told_which_runtimes_live(instance: Instance) -> None:
     assert f"{instance.pids()['router']} RuntimeExited(runtime='code@host0.2'" in instance.router_log()
     assert "expected=True" in instance.router_log()
     # Nothing went wrong, so no line of its log says why.
-    assert "reason='killed by SIGKILL', expected=True" in instance.router_log()
+    assert "reason='killed by SIGKILL', error='', expected=True" in instance.router_log()
     assert instance.end() == EXIT_OK
 
 

@@ -15,12 +15,13 @@ import pytest
 from prism_sgl import addresses
 from prism_sgl.backoff import Backoff
 from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
+from prism_sgl.errors import describe_exit
 from prism_sgl.launch.banner import curl_line, ready_lines
-from prism_sgl.launch.children import describe_exit, last_error
+from prism_sgl.launch.children import why_ended
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import SHM_FOLDER, RunDir, remove_listed
-from prism_sgl.launch.runtimes import build_spec
+from prism_sgl.launch.runtimes import KEPT_LOGS, begin_log, build_spec
 from prism_sgl.launch.standby import StandbyLink
 from prism_sgl.messages import RuntimeId
 
@@ -60,10 +61,41 @@ def test_reason_is_the_last_error_of_the_log_not_the_source_above_it(tmp_path: P
     log.write_text(
         'Traceback\n  File "x"\n    raise ValueError("y")\na.b.SeamError: hook 3 is not attached\nbye\n'
     )
-    assert last_error(log) == "a.b.SeamError: hook 3 is not attached"
+    assert why_ended(1, log) == "a.b.SeamError: hook 3 is not attached"
+    assert why_ended(-signal.SIGABRT, log) == "a.b.SeamError: hook 3 is not attached"
     log.write_text("models.toml: nothing that looks like an error\n\n")
-    assert last_error(log) == "models.toml: nothing that looks like an error"
-    assert last_error(tmp_path / "none") == ""
+    assert why_ended(1, log) == "models.toml: nothing that looks like an error"
+    assert why_ended(1, tmp_path / "none") == ""
+
+
+def test_requests_in_the_log_are_not_quoted(tmp_path: Path) -> None:
+    """What is said here is seen by all clients: in errors, in the state of models, in events."""
+    log = tmp_path / "log"
+    log.write_text("Receive: obj=GenerateReqInput(text='my secret')\n")
+    assert why_ended(1, log, served=True) == why_ended(-signal.SIGSEGV, log) == ""
+    log.write_text(
+        "[2026-11-29 11:50:26] EngineError: SGLang's scheduler_0 is gone\n[2026-11-29 11:50:27] bye\n"
+    )
+    assert why_ended(1, log, served=True) == "EngineError: SGLang's scheduler_0 is gone"
+    assert "dmesg" in why_ended(-signal.SIGKILL, log)
+    assert why_ended(-signal.SIGTERM, log) == "not by prism_sgl"
+
+
+def test_log_begins_empty_and_the_oldest_of_the_model_go(tmp_path: Path) -> None:
+    def log(number: int, model: str = "org_chat") -> Path:
+        path = tmp_path / f"rt-{model}@host0.1-{number}.log"
+        path.write_text("x")
+        os.utime(path, (number, number))
+        return path
+
+    logs = [log(number) for number in range(KEPT_LOGS + 3)]
+    stranger = log(0, "org_chatty")
+    begin_log(logs[-1], living=[logs[0]])
+    assert not logs[-1].exists()
+    assert Path(f"{logs[-1]}.old").exists()
+    gone = [path for path in logs[:-1] if not path.exists()]
+    assert gone == logs[1:3], "the living one stays, and the newest: that of the earlier launch and nine"
+    assert stranger.exists()
 
 
 def test_phases_are_printed_once_and_only_whole_lines(tmp_path: Path) -> None:

@@ -109,6 +109,16 @@ def test_api_server_that_says_hello_after_its_runtime_died_is_told() -> None:
     assert [lost.request for lost in of(commands, Lost)] == ["r1"]
 
 
+def test_log_of_a_runtime_that_has_served_is_shown_to_operators_only() -> None:
+    router = ByHand(config(model("chat")))
+    router.start_all()
+    router.submit("r1")
+    exited = RuntimeExited(runtime=router.id("chat"), reason="exit code 1", error="my secret prompt")
+    [lost] = of(router.supervisor(exited), Lost)
+    assert lost.reason == "exit code 1"
+    assert router.state("chat").reason.startswith("exit code 1: my secret prompt; starts again in")
+
+
 def test_second_runtime_of_a_model_is_stopped() -> None:
     router = restarted()
     other = RuntimeId("chat@host0.1-2")

@@ -119,7 +119,9 @@ def test_source_that_does_not_drain_is_stopped_at_its_deadline() -> None:
 def test_target_that_does_not_start_costs_nothing_but_the_move() -> None:
     router = two_devices()
     move(router)
-    assert replies(exit_of(router, NEW)) == [("move", 409)]
+    [answer] = of(exit_of(router, NEW), AdminReply)
+    assert answer.status == 409
+    assert answer.message.endswith("it did not move: the runtime on host1 did not come up")
     status = router.state("chat")
     assert (status.state, status.device, status.others, status.moves) == ("awake", "host0", [], 0)
     assert runtimes_of(router.submit("r1")) == [OLD]
@@ -173,7 +175,9 @@ def test_room_on_the_target_is_made_of_idle_models_and_never_of_busy_ones() -> N
     assert len(on_target) == 2
     for name in on_target:
         router.submit(f"r-{name}", name)
-    assert replies(move(router)) == [("move", 409)]  # both are busy
+    [answer] = of(move(router), AdminReply)
+    assert answer.status == 409
+    assert answer.message.endswith("it did not move: no room on host1"), "both are busy"
     for name in on_target:
         router.finish(f"r-{name}", name)
     router.now += 200
