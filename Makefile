@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env model demo test lint bench
+.PHONY: env model demo test lint bench soak
 
 env: .venv/.installed
 
@@ -20,6 +20,11 @@ demo: model
 
 test: model
 	$(PY) -m pytest
+
+# Random clients and operators while processes are killed; it runs against time, so it is no test.
+# ARGS="--minutes 20 --seed 2"
+soak: model
+	$(PY) -m tests.soak --faults $(ARGS)
 
 lint: env
 	$(PY) -m ruff format --check .

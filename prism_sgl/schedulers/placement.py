@@ -91,6 +91,8 @@ def choose(demand: Demand, places: Iterable[Place], kv_unit: float = 1.0) -> Cho
         if fitting:
             best = min(fitting, key=lambda place: _rank(demand, place, kv_unit))
             least = _resulting(demand, best, kv_unit)
+            if math.isinf(least):  # not all of its models have room awake at once
+                return Choice(best.device, f"{best.device} has room, its models take turns")
             return Choice(best.device, f"{best.device} has the smallest pressure ({least:.3g})")
     if not allowed:
         return Choice(None, f"{demand.model} may be placed on no device")
