@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _LOAD_EVERY_S = 0.25  # looked at; sent when changed
 _BEAT_EVERY_S = 1.0  # sent at least
+_SHOWN_S = 0.1  # a part of the start that took less is not worth a line
 _WAKE_TIMEOUT_S = 5.0  # then the router frees room and asks again
 
 
@@ -67,16 +68,22 @@ class PhaseLog:
 
     def done(self, phase: str) -> None:
         now = time.monotonic()
-        self._write(phase, now - self._since)
+        self.seconds[phase] = now - self._since
+        self._write(phase, self.seconds[phase])
         self._since = now
 
+    def part(self, phase: str, part: str, seconds: float) -> None:
+        """Of a phase that is done. One that took no time to speak of is not shown."""
+        self.seconds[part] = seconds
+        if seconds >= _SHOWN_S:
+            self._write(f"{phase}, of which {part}", seconds)
+
     def ready(self) -> float:
-        total = time.monotonic() - self._began
+        total = self.seconds["ready"] = time.monotonic() - self._began
         self._write("ready", total)
         return total
 
     def _write(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = seconds
         with self._path.open("a") as file:
             file.write(f"{phase} {seconds:.2f}\n")
 
@@ -93,7 +100,8 @@ class Worker:
         self.state = RuntimeState.STARTING
         self.engine = start_engine(spec, early)
         phases.done("engine")
-        phases.seconds |= self.engine.phases
+        for part, seconds in self.engine.phases.items():
+            phases.part("engine", part, seconds)
         self.ledger = Ledger.open(spec.ledger_path)
         self.start_s = 0.0
         self._undecodable = 0
