@@ -415,7 +415,7 @@ def test_flags_of_ours_and_stock_are_the_same(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "options", "num_rows"),
     [
-        ("wake", ["--cycles", "2"], 25),
+        ("wake", ["--cycles", "2"], 27),
         ("overhead", ["--rounds", "2", "--requests", "2"], 29),
         ("residual", [], 14),
         ("share", ["--rounds", "2"], 10),

@@ -65,10 +65,8 @@ class Rows:
 
     def awake_later(self, size: str) -> float:
         """What a wake adds to the first token: from the begin of the wake, less the same request when awake."""
-        what = f"{size}: first token, from the begin of the wake"
-        later_s = self.value(what)
-        words = str(self._rows[what].get("note", "")).partition(" ms;")[0].split()
-        return later_s - float(words[-1]) / 1000
+        later_s = self.value(f"{size}: first token, from the begin of the wake")
+        return later_s - self.value(f"{size}: first token of the same request, awake")
 
 
 def line(large: float, small: float) -> tuple[float, float]:
