@@ -14,6 +14,7 @@ from pathlib import Path
 from prism_sgl.launch import exec_child
 
 _STAMP = re.compile(r"^\[\d[^]]*\] ")  # with which SGLang begins a line
+_OUR_ERROR = re.compile(r"\d{4}-\d\d-\d\d \S+ ERROR ")  # "2026-11-29 11:50:26,123 ERROR prism_sgl..."
 
 
 class Child:
@@ -70,23 +71,23 @@ def start_child(
 def why_ended(code: int, log: Path, *, served: bool = False) -> str:
     """What can be said beyond the exit code of a process that was not meant to end: mostly a line of its log's end.
 
-    That is the last error, else the last line if it ended by itself. ``served``: then only an error counts, since the
-    last line may be somebody's request. Whom another one's signal ended had no time to say why.
+    That is the last error, else the last line if it ended by itself. Of one that has ``served`` that line is left out,
+    it may be somebody's request; and if it was killed errors too, which are older. One that has not served is quoted
+    even if it was killed, for SGLang kills all its own processes when a model does not load.
     """
-    if code == -signal.SIGKILL:
-        return "not by prism_sgl; if memory was short, dmesg names the kernel's out-of-memory killer"
-    if code == -signal.SIGTERM:
-        return "not by prism_sgl"
+    killed = -code in (signal.SIGKILL, signal.SIGTERM)
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (64 << 10)))
             lines = [_STAMP.sub("", line) for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
-        return ""
-    telling = [line for line in lines if _tells(line)]
+        lines = []
+    telling = [] if killed and served else [line for line in lines if _tells(line)]
     if not telling and code >= 0 and not served:
         telling = [line for line in lines if line.strip()]
-    return telling[-1].strip()[:300] if telling else ""
+    if telling:
+        return telling[-1].strip()[:300]
+    return "perhaps for want of memory, then dmesg says so" if code == -signal.SIGKILL else ""
 
 
 def _tells(line: str) -> bool:
@@ -97,6 +98,6 @@ def _tells(line: str) -> bool:
         and not line[0].isspace()
         and (
             first.rsplit(".", 1)[-1].endswith(("Error", "Exception", "Exit", "Interrupt"))
-            or " ERROR " in line
+            or _OUR_ERROR.match(line) is not None
         )
     )

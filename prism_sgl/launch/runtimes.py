@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Collection
@@ -64,12 +65,13 @@ def begin_log(path: Path, living: Collection[Path]) -> None:
 
     ``living``: logs that runtimes write to.
     """
-    if path.exists():
-        os.replace(path, f"{path}.old")
     of_model = glob.escape(path.name.rpartition("@")[0])
-    ended = set(path.parent.glob(f"{of_model}@*.log*")).difference(living)
-    for old in sorted(ended, key=lambda log: log.stat().st_mtime_ns, reverse=True)[KEPT_LOGS:]:
-        old.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else tidies up there too, or may write there and we may not
+        if path.exists():
+            os.replace(path, f"{path}.old")
+        ended = set(path.parent.glob(f"{of_model}@*.log*")).difference(living)
+        for old in sorted(ended, key=lambda log: log.stat().st_mtime_ns, reverse=True)[KEPT_LOGS:]:
+            old.unlink(missing_ok=True)
 
 
 def remove_files(spec: RuntimeSpec) -> None:

@@ -256,7 +256,8 @@ class Supervisor:
                 self._directory.forget(message.pid)
                 if runtime := self._runtimes.get(message.runtime):
                     code, log = message.exit_code, Path(runtime.spec.log_path)
-                    error = "" if runtime.kill_reason else why_ended(code, log, served=runtime.ready)
+                    meant = runtime.kill_reason is not None
+                    error = "" if meant else why_ended(code, log, served=runtime.ready)
                     self._lose(runtime, describe_exit(code), error)
 
     async def _lose_runtimes(self, device: DeviceConfig, reason: str) -> None:

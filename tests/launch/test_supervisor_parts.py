@@ -71,14 +71,19 @@ def test_reason_is_the_last_error_of_the_log_not_the_source_above_it(tmp_path: P
 def test_requests_in_the_log_are_not_quoted(tmp_path: Path) -> None:
     """What is said here is seen by all clients: in errors, in the state of models, in events."""
     log = tmp_path / "log"
-    log.write_text("Receive: obj=GenerateReqInput(text='my secret')\n")
-    assert why_ended(1, log, served=True) == why_ended(-signal.SIGSEGV, log) == ""
-    log.write_text(
-        "[2026-11-29 11:50:26] EngineError: SGLang's scheduler_0 is gone\n[2026-11-29 11:50:27] bye\n"
-    )
-    assert why_ended(1, log, served=True) == "EngineError: SGLang's scheduler_0 is gone"
-    assert "dmesg" in why_ended(-signal.SIGKILL, log)
-    assert why_ended(-signal.SIGTERM, log) == "not by prism_sgl"
+    log.write_text("[2026-11-29 11:50:26] Receive: obj=GenerateReqInput(text='an ERROR of mine')\n")
+    for code in (1, -signal.SIGSEGV, -signal.SIGTERM):
+        assert why_ended(code, log, served=True) == ""
+    assert "dmesg" in why_ended(-signal.SIGKILL, log, served=True)
+
+
+def test_sglang_that_kills_itself_when_a_model_does_not_load_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("[2026-11-29 11:50:26] EngineError: scheduler_0 is gone\n[2026-11-29 11:50:27] bye\n")
+    for code in (1, -signal.SIGKILL, -signal.SIGTERM):
+        assert why_ended(code, log) == "EngineError: scheduler_0 is gone"
+    assert why_ended(1, log, served=True) == "EngineError: scheduler_0 is gone"
+    assert "dmesg" in why_ended(-signal.SIGKILL, log, served=True), "somebody else did that"
 
 
 def test_log_begins_empty_and_the_oldest_of_the_model_go(tmp_path: Path) -> None:
