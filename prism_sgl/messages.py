@@ -302,7 +302,6 @@ class Hello(Message, frozen=True):
     facts: RuntimeFacts
     running: list[RequestKey] = []
     start_s: float = 0.0
-    phases: dict[str, float] = {}  # seconds of each phase of the start
 
 
 class Started(Message, frozen=True):

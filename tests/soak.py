@@ -59,6 +59,7 @@ engine_args = {{ context_length = 1024, dtype = "float32", max_running_requests 
 """
 PROMPT_TOKENS = (1, 3, 7, 16, 40, 64, 65, 130, 200, 300)
 VERBS = {"sleep": 6, "wake": 4, "move": 4, "load": 2, "unload": 1}
+ENGINE_FAULTS = ("scheduler", "worker", "pause")
 FAULTS = {"scheduler": 3, "worker": 3, "pause": 3, "router": 2, "api_server": 2, "standby": 2}
 
 
@@ -148,9 +149,7 @@ class Soak:
             fault, model = one_of(rng, FAULTS), rng.choice([*MODELS])
             if (pid := self._victim(fault, model)) is None:
                 continue
-            self.say(
-                f"fault: {fault} of {model if fault in ('scheduler', 'worker', 'pause') else 'the system'}"
-            )
+            self.say(f"fault: {fault} of {model if fault in ENGINE_FAULTS else 'the system'}")
             try:
                 if fault == "pause":
                     os.kill(pid, signal.SIGSTOP)
@@ -163,11 +162,9 @@ class Soak:
             self.saw(f"fault: {fault}", 0.0)
 
     def _victim(self, fault: str, model: str) -> int | None:
-        if fault in ("scheduler", "worker", "pause"):
+        if fault in ENGINE_FAULTS:
             return self.system.runtime_pids(model).get("worker" if fault == "worker" else "scheduler")
-        part = "engine.standby" if fault == "standby" else f"launch.{fault}"
-        found = [pid for pid, line in self.system.processes().items() if f"prism_sgl.{part}" in line]
-        return found[0] if found else None
+        return self.system.running_module("engine.standby" if fault == "standby" else f"launch.{fault}")
 
     def broken(self, what: str, error: httpx.HTTPError) -> str:
         """No answer at all: with faults a connection may be cut, but nobody may wait for ever."""

@@ -23,7 +23,7 @@ from benchmarks.gpu.card import Card, Neighbour
 from benchmarks.gpu.children import Action, Child, ChildError, Engine
 from benchmarks.gpu.engine_process import Ask, EngineHandler, EngineLike, Handler, random_ids
 from benchmarks.gpu.nvml import GIB, MIB
-from benchmarks.gpu.results import ROOT, Results, result_path
+from benchmarks.gpu.results import RESULTS, Results, result_path
 from benchmarks.gpu.session import OutOfTimeError, bounded
 from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_rounds
 from prism_sgl.allocator.ledger import Kind, Ledger
@@ -473,7 +473,7 @@ def test_costs_come_from_the_results_as_they_are_written_now(
     from prism_sgl.launch.replay import measurements
 
     out = tmp_path / "costs.json"
-    results = ROOT / "benchmarks/results/gpu" / folder
+    results = RESULTS / folder
     monkeypatch.setattr(sys, "argv", ["costs", "--results", str(results), "--out", str(out)])
     costs.main()
     found, shipped = measurements.read(out), measurements.read(measurements.CARDS[card])

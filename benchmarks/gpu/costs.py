@@ -22,7 +22,7 @@ from benchmarks.gpu.card import PAGE_BYTES
 from benchmarks.gpu.models import KV_BYTES_PER_TOKEN
 from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.overhead import FULL, LOW
-from benchmarks.gpu.results import ROOT
+from benchmarks.gpu.results import RESULTS
 from prism_sgl.launch.replay.measurements import (
     LARGE_BYTES,
     PREFILL_TOKENS_PER_S,
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows = Rows(args.results)

@@ -11,8 +11,8 @@ and percentiles are noisy.
 Pools are equal, full of cached prefixes before the first round, and prompts differ in every round, so each request
 evicts. Full load: a round is 128 requests at once, 192 in + 192 out. Low load: a round is one request, 512 in + 32 out.
 The first rounds warm up and are not counted. Device time: 8 minutes with the model in /dev/shm (80 s of start-up for
-each load; a round of full load takes 11 s, of low load 1 s). Needs 77 GiB of card memory, 99 for
-four engines at full load. A row is met when the worse end of the 95 % interval over the rounds is within 0.5 %.
+each load; a round of full load takes 11 s, of low load 1 s). Needs 77 GiB of card memory, 99 for four engines at full
+load. A row is met when the worse end of the 95 % interval over the rounds is within 0.5 %.
 """
 
 from __future__ import annotations

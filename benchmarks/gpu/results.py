@@ -16,12 +16,13 @@ from typing import Any
 from benchmarks.gpu.stats import Ratio
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results/gpu"
 
 
 def result_path(name: str) -> Path:
     """``$OUT`` is the folder whose files come back from the GPU box."""
     out = os.environ.get("OUT")
-    return (Path(out) if out else ROOT / "benchmarks/results/gpu") / f"{name}.json"
+    return (Path(out) if out else RESULTS) / f"{name}.json"
 
 
 class Results:

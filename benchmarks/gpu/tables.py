@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.results import ROOT
+from benchmarks.gpu.results import RESULTS, ROOT
 
 PAGE = ROOT / "docs/benchmarks.md"
 BEGIN = "<!-- tables of benchmarks/gpu/tables.py begin -->"
@@ -41,7 +41,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tables(folder: Path = ROOT / "benchmarks/results/gpu") -> str:
+def tables(folder: Path = RESULTS) -> str:
     files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
     return "\n\n".join(table(json.loads(file.read_text())) for file in files)
 

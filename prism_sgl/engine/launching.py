@@ -212,9 +212,10 @@ def start_engine(spec: RuntimeSpec, early: EarlyChildren | None = None) -> Runni
 
 def _phases(startup: Mapping[str, Any]) -> dict[str, float]:
     """What SGLang measured of its start, in seconds (startup_time.py:11); of CUDA graphs all kinds together."""
-    graphs = sum(startup.get("cuda_graph", {}).values())
-    return {name: float(startup.get(name, 0.0)) for name in ("load_weight", "kv_cache_allocation")} | {
-        "cuda_graph": float(graphs)
+    return {
+        "load_weight": startup.get("load_weight", 0.0),
+        "kv_cache_allocation": startup.get("kv_cache_allocation", 0.0),
+        "cuda_graph": sum(startup.get("cuda_graph", {}).values()),
     }
 
 

@@ -64,22 +64,19 @@ class PhaseLog:
         self._path = Path(addresses.phases(spec.run_dir, spec.runtime))
         self._since = began_s
         self._began = began_s
-        self.seconds: dict[str, float] = {}
 
     def done(self, phase: str) -> None:
         now = time.monotonic()
-        self.seconds[phase] = now - self._since
-        self._write(phase, self.seconds[phase])
+        self._write(phase, now - self._since)
         self._since = now
 
     def part(self, phase: str, part: str, seconds: float) -> None:
         """Of a phase that is done. One that took no time to speak of is not shown."""
-        self.seconds[part] = seconds
         if seconds >= _SHOWN_S:
             self._write(f"{phase}, of which {part}", seconds)
 
     def ready(self) -> float:
-        total = self.seconds["ready"] = time.monotonic() - self._began
+        total = time.monotonic() - self._began
         self._write("ready", total)
         return total
 
@@ -158,7 +155,6 @@ class Worker:
             facts=self.engine.facts,
             running=self.bridge.running,
             start_s=self.start_s,
-            phases=self.phases.seconds,
         )
 
     def _on_first_tokens(self, listener: FirstTokenListener) -> None:

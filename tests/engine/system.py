@@ -129,6 +129,11 @@ class System:
         """Every living process below the launcher: pid and command line."""
         return {pid: _command_line(pid) for pid in _descendants(self.process.pid)}
 
+    def running_module(self, module: str) -> int | None:
+        """pid of a process of ``python -m prism_sgl.<module>``; of several the first."""
+        part = f"prism_sgl.{module}"
+        return next((pid for pid, line in self.processes().items() if part in line), None)
+
     def arenas(self) -> dict[str, int]:
         """Physical bytes of each arena, by "<runtime>:<kv|weights>", each memfd counted once."""
         found: dict[int, tuple[str, int]] = {}

@@ -19,7 +19,9 @@ NUM_TOKENS = 40
 
 
 def router_pid(system: System) -> int:
-    return next(pid for pid, line in system.processes().items() if "prism_sgl.launch.router" in line)
+    pid = system.running_module("launch.router")
+    assert pid is not None
+    return pid
 
 
 def expected(prompts: list[list[int]]) -> list[list[int]]:

@@ -109,14 +109,14 @@ def test_api_server_that_says_hello_after_its_runtime_died_is_told() -> None:
     assert [lost.request for lost in of(commands, Lost)] == ["r1"]
 
 
-def test_log_of_a_runtime_that_has_served_is_shown_to_operators_only() -> None:
+def test_whose_request_is_lost_is_told_the_exit_and_the_state_the_error_too() -> None:
     router = ByHand(config(model("chat")))
     router.start_all()
     router.submit("r1")
-    exited = RuntimeExited(runtime=router.id("chat"), reason="exit code 1", error="my secret prompt")
+    exited = RuntimeExited(runtime=router.id("chat"), reason="exit code 1", error="ValueError: y")
     [lost] = of(router.supervisor(exited), Lost)
     assert lost.reason == "exit code 1"
-    assert router.state("chat").reason.startswith("exit code 1: my secret prompt; starts again in")
+    assert router.state("chat").reason.startswith("exit code 1: ValueError: y; starts again in")
 
 
 def test_second_runtime_of_a_model_is_stopped() -> None:

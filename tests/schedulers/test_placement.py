@@ -39,6 +39,12 @@ def test_only_allowed_devices_are_taken_and_refusals_say_why() -> None:
     assert "30B at most" in choice.reason
 
 
+def test_device_on_which_not_all_have_room_at_once_is_named_without_a_pressure() -> None:
+    full = replace(A, awake_weights_bytes=80, free_bytes=10, reclaimable_bytes=60, pressure=1.0)
+    choice = choose(DEMAND, [full])
+    assert (choice.device, choice.reason) == ("a", "a has room, its models take turns")
+
+
 def test_models_without_traffic_spread_by_their_weights() -> None:
     demands = [replace(DEMAND, model=f"m{i}", pressure=0.0) for i in range(4)]
     chosen = plan(demands, [A, B])
