@@ -53,6 +53,8 @@ class CudaArena(ArenaPages):
         self._bound = bytearray(num_pages)
         self._arrivals: list[tuple[int, int]] = []  # (end offset, event) of copies, ascending
         self._arrivals_begin = 0  # bytes below were there before
+        # The last arrival's event may not be recorded: it would count as passed, whatever is under way.
+        self._unrecorded = False
         self._spare_events: list[int] = []
         # What close does when no page holds memory any more, last first: a step that fails can be done again.
         self._undo: list[Callable[[], None]] = []
@@ -110,6 +112,8 @@ class CudaArena(ArenaPages):
         if not source.nbytes:
             return
         address = address_of(source)
+        if self._unrecorded:
+            self.settle()  # that event would no longer be the last
         if not self._arrivals:
             self._arrivals_begin = offset
         try:
@@ -121,8 +125,9 @@ class CudaArena(ArenaPages):
                 self._calls.copy_in(self.base + offset + start, address + start, size_bytes, self._stream)
                 self._calls.record(event, self._stream)
         except DriverError as error:
+            self._unrecorded = bool(self._arrivals)
             with contextlib.suppress(VmmError):
-                self.settle()  # the event of a copy that was not recorded tells nothing
+                self.settle()
             raise VmmError(f"{self.name}: cannot copy {source.nbytes} bytes in: {error}") from error
 
     def copy_out(self, offset: int, target: memoryview) -> None:
@@ -147,6 +152,7 @@ class CudaArena(ArenaPages):
     def is_settled(self) -> bool:
         if self._arrivals:
             try:
+                self._record_last()
                 if not self._calls.has_passed(self._arrivals[-1][1]):
                     return False
             except DriverError as error:
@@ -160,6 +166,7 @@ class CudaArena(ArenaPages):
             return
         index = bisect.bisect_left(self._arrivals, end, key=lambda arrival: arrival[0])
         try:
+            self._record_last()
             self._calls.make_wait(stream, self._arrivals[min(index, len(self._arrivals) - 1)][1])
         except DriverError as error:
             raise VmmError(f"{self.name}: cannot hold a stream back: {error}") from error
@@ -188,6 +195,7 @@ class CudaArena(ArenaPages):
             if state == MAPPED:
                 assert self._bound[page] and page not in self._unreleased, page
         assert self.physical_bytes() == self.held_bytes
+        assert self._arrivals or not self._unrecorded
         ends = [end for end, _ in self._arrivals]
         assert ends == sorted(ends)
 
@@ -235,7 +243,14 @@ class CudaArena(ArenaPages):
         self._undo.append(functools.partial(self._calls.destroy_event, event))
         return event
 
+    def _record_last(self) -> None:
+        """What a failed ``copy_in`` left to be done: behind every copy that has begun, which is later than need be."""
+        if self._unrecorded:
+            self._calls.record(self._arrivals[-1][1], self._stream)
+            self._unrecorded = False
+
     def _forget_arrivals(self) -> None:
+        self._unrecorded = False
         self._spare_events += [event for _, event in self._arrivals]
         self._arrivals.clear()
 

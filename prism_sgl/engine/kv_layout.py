@@ -20,6 +20,10 @@ import torch
 
 from prism_sgl.footprint import KvPage, kv_page
 
+# SGLang's table of requests holds slot numbers as int32 (memory_pool.py, ReqToTokenPool), and kernels and allocators
+# compute the number after a slot's. Offsets of bytes and elements are int64 everywhere.
+MAX_ROWS = 2**31 - 1
+
 Ids = TypeVar("Ids", torch.Tensor, "np.ndarray[tuple[int], np.dtype[np.int64]]")
 
 

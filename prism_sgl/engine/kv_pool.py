@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, move_kv_cache_native
 
 from prism_sgl.allocator.elastic_pool import ElasticPool
-from prism_sgl.engine.kv_layout import KvLayout
+from prism_sgl.engine.kv_layout import MAX_ROWS, KvLayout
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.errors import UnsupportedModelError
 
@@ -27,18 +27,21 @@ class ElasticKVPool(MHATokenToKVPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("quant_method") is not None:
-            raise UnsupportedModelError("a 4-bit KV cache has no elastic pool yet; drop kv_cache_dtype")
+            raise UnsupportedModelError(
+                f"{_model()}: a 4-bit KV cache has no elastic pool yet; drop engine_args.kv_cache_dtype"
+            )
         kwargs["post_capture_active"] = False
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
         if self.use_hnd or self.kv_cache_layout != "nhd":
             raise UnsupportedModelError(
-                f"KV layout {self.kv_cache_layout} has no elastic pool; use the default"
+                f"{_model()}: KV layout {self.kv_cache_layout} has no elastic pool; use the default"
             )
         if self.head_dim != self.v_head_dim:
             raise UnsupportedModelError(
-                f"heads of {self.head_dim} for K and {self.v_head_dim} for V have no elastic pool yet"
+                f"{_model()}: heads of {self.head_dim} for K and {self.v_head_dim} for V have no elastic pool "
+                "yet; serve a model whose heads are of one width"
             )
         memory = RuntimeMemory.current()
         self.layout = KvLayout.plan(
@@ -48,8 +51,13 @@ class ElasticKVPool(MHATokenToKVPool):
             page_bytes=memory.spec.kv_page_bytes,
         )
         num_blocks = math.ceil((self.size + self.page_size) / self.page_size)
-        self.elastic = memory.open_kv(self.layout.page, num_blocks)
         rows = self.layout.num_rows(num_blocks)
+        if rows > MAX_ROWS:
+            raise UnsupportedModelError(
+                f"{_model()}: {self.size} tokens of KV in rows of {self.layout.row_bytes} bytes need slot "
+                f"numbers up to {rows}, and SGLang's go up to {MAX_ROWS}; lower max_kv"
+            )
+        self.elastic = memory.open_kv(self.layout.page, num_blocks)
         self.size = rows - self.page_size
         self.k_buffer = [self._plane(memory, 2 * layer, rows) for layer in range(self.layer_num)]
         self.v_buffer = [self._plane(memory, 2 * layer + 1, rows) for layer in range(self.layer_num)]
@@ -76,4 +84,11 @@ class ElasticKVPool(MHATokenToKVPool):
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
 
     def get_contiguous_buf_infos(self) -> Any:
-        raise UnsupportedModelError("prefill/decode disaggregation cannot register an elastic KV cache yet")
+        raise UnsupportedModelError(
+            f"{_model()}: prefill/decode disaggregation cannot register an elastic KV cache yet"
+        )
+
+
+def _model() -> str:
+    """For messages; as models.toml calls it."""
+    return RuntimeMemory.current().spec.model

@@ -19,10 +19,15 @@ class FailingCalls(HostCalls):
         self.broken: set[str] = set()
         self.errno = errno.ENOMEM
         self.made: list[str] = []
+        self._ranges: dict[int, int] = {}  # address -> size
 
     def repair(self) -> None:
         self.fail_after = None
         self.broken.clear()
+
+    def insist_empty(self) -> None:
+        """All addresses have been given back. (Memory files are descriptors, which the tests count.)"""
+        assert not self._ranges, "addresses leaked"
 
     def _call(self, name: str) -> None:
         self.made.append(name)
@@ -39,7 +44,9 @@ class FailingCalls(HostCalls):
 
     def reserve(self, size_bytes: int) -> int:
         self._call("reserve")
-        return super().reserve(size_bytes)
+        address = super().reserve(size_bytes)
+        self._ranges[address] = size_bytes
+        return address
 
     def allocate(self, fd: int, offset: int, size_bytes: int) -> None:
         self._call("allocate")
@@ -60,3 +67,4 @@ class FailingCalls(HostCalls):
     def release(self, address: int, size_bytes: int) -> None:
         self._call("release")
         super().release(address, size_bytes)
+        assert self._ranges.pop(address) == size_bytes

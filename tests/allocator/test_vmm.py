@@ -176,11 +176,14 @@ def test_each_failing_call_of_an_unmap_leaves_true_books(backend: Backend, arena
 def test_each_failing_call_of_a_reservation_leaves_nothing(backend: Backend) -> None:
     before = len(os.listdir("/proc/self/fd"))
     made: list[Vmm] = []
-    errors = list(each_failure(backend, lambda: made.append(backend.arena("test", NUM_PAGES, PAGE_BYTES))))
-    assert len(errors) > 2
-    (arena,) = made
-    arena.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    errors = []
+    for error in each_failure(backend, lambda: made.append(backend.arena("test", NUM_PAGES, PAGE_BYTES))):
+        errors.append(error)
+        if error is None:
+            made[0].close()
+        backend.calls.insist_empty()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert len(errors) > 2 and len(made) == 1
 
 
 def test_a_closed_arena_refuses_everything(backend: Backend) -> None:

@@ -339,6 +339,57 @@ def test_a_copy_that_fails_with_its_wait_is_still_waited_for(
     agrees(card, arena)
 
 
+@pytest.mark.parametrize("failing", ["copy_in", "record", "new_event"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("looks", [0, 2])
+def test_a_copy_that_fails_with_its_wait_is_still_seen_under_way(
+    card: FakeDriver, arena: CudaArena, source: memoryview, failing: str, again: bool, looks: int
+) -> None:
+    """An event that was not recorded counts as passed, for the driver; so does one of an earlier round."""
+    arena.map([range(1)])
+    if again:
+        arena.copy_in(0, source[:PIECE_BYTES])
+        arena.settle()
+    calls = {"new_event": 3, "copy_in": 4, "record": 5}[failing]  # of the second piece
+    card.fail_after = calls - again  # an event is there already
+    card.broken = {"synchronize"}
+    with pytest.raises(VmmError, match=failing):
+        arena.copy_in(0, source[:PAGE_BYTES])
+    assert card.copies_under_way() == (2 if failing == "record" else 1)
+    assert not any(arena.is_settled() for _ in range(looks))
+    forward = card.new_stream()
+    arena.hold_back(forward, PAGE_BYTES)
+    card.advance(forward)
+    assert card.copies_under_way() == 0
+    assert arena.is_settled()
+    arena.check()
+    card.destroy_stream(forward)
+
+
+def test_where_no_event_can_be_recorded_copies_are_never_taken_as_done(
+    card: FakeDriver, arena: CudaArena, source: memoryview
+) -> None:
+    arena.map([range(1)])
+    card.broken = {"record", "synchronize"}
+    with pytest.raises(VmmError, match="record"):
+        arena.copy_in(0, source[:PIECE_BYTES])
+    for call in (
+        arena.is_settled,
+        lambda: arena.hold_back(1, 1),
+        lambda: arena.copy_in(PIECE_BYTES, source[:PIECE_BYTES]),
+        arena.settle,
+        arena.is_settled,
+    ):
+        with pytest.raises(VmmError):
+            call()
+        arena.check()
+    assert card.copies_under_way() == 1
+    card.repair()
+    arena.copy_in(PIECE_BYTES, source[PIECE_BYTES:PAGE_BYTES])
+    arena.settle()
+    assert peek(card, arena, 0, PAGE_BYTES) == source[:PAGE_BYTES]
+
+
 # ---------------------------------------------------------------- sources
 
 
