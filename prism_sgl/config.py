@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from prism_sgl import machine
+from prism_sgl.config_cards import ORDER, VISIBLE
 from prism_sgl.config_checks import check_devices, check_fit, check_names, check_socket_names
 from prism_sgl.config_table import Table, keys_of, read_toml, show_value
 from prism_sgl.model_files import ModelFacts, read_facts
@@ -132,6 +133,11 @@ def run_dir(config: Config) -> str:
 
 def log_dir(config: Config) -> str:
     return config.server.log_dir or f"{run_dir(config)}/logs"
+
+
+def cuda_environment() -> dict[str, str]:
+    """What the user has told CUDA of the cards that it may use."""
+    return {name: os.environ[name] for name in (VISIBLE, ORDER) if name in os.environ}
 
 
 def server_address(given: str | None) -> str:
@@ -259,7 +265,7 @@ def _model(file: str, name: str, values: object) -> ModelConfig:
         min_kv_bytes=table.size("min_kv", default.min_kv_bytes, example="64MiB"),
         max_kv_bytes=table.size("max_kv", default.max_kv_bytes, example="512MiB"),
         kv_share=table.number("kv_share", default.kv_share, 0.001, 1000.0),
-        block_tokens=table.integer("block_tokens", default.block_tokens, 1, 1024),
+        block_tokens=table.power_of_two("block_tokens", default.block_tokens, 1024),
         devices=table.texts("devices", example='["host0"]'),
         engine_args=engine_args,
         env=_env(table),
@@ -282,7 +288,7 @@ def _env(table: Table) -> dict[str, str]:
     for key, value in env.items():
         if not isinstance(value, str):
             table.fail(f"env.{key}", f"is {show_value(value)}", f'give text, e.g. {key} = "{value}"')
-        if key == "CUDA_VISIBLE_DEVICES":
+        if key == VISIBLE:
             table.fail(
                 f"env.{key}", "is set by prism_sgl", "use devices of the model and index in [[devices]]"
             )

@@ -69,6 +69,13 @@ class Table:
             self._wrong(key, value, f"give a whole number {bounds}, e.g. {max(default, low)}")
         return value
 
+    def power_of_two(self, key: str, default: int, high: int) -> int:
+        value = self.values.get(key, default)
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= high
+        if not fits or value & (value - 1):
+            self._wrong(key, value, f"give a power of two up to {high}, e.g. {default}")
+        return int(value)
+
     def any_integer(self, key: str, default: int) -> int:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):

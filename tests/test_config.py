@@ -235,7 +235,10 @@ ERRORS = {
     HOST + CHAT + "kv_share = 0\n": "models.chat.kv_share is 0; give a number from 0.001 to 1000, e.g. 1",
     HOST + CHAT + 'pin = "yes"\n': 'models.chat.pin is "yes"; give true or false',
     HOST + CHAT + "block_tokens = 0\n": (
-        "models.chat.block_tokens is 0; give a whole number from 1 to 1024, e.g. 1"
+        "models.chat.block_tokens is 0; give a power of two up to 1024, e.g. 1"
+    ),
+    HOST + CHAT + "block_tokens = 48\n": (
+        "models.chat.block_tokens is 48; give a power of two up to 1024, e.g. 1"
     ),
     HOST + CHAT + "env = { A = 1 }\n": 'models.chat.env.A is 1; give text, e.g. A = "1"',
     HOST + CHAT + 'env = { CUDA_VISIBLE_DEVICES = "1" }\n': (

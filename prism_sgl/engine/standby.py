@@ -23,17 +23,16 @@ import time
 from collections.abc import Mapping
 
 from prism_sgl import messages
+from prism_sgl.config_cards import BUS_ORDER, ORDER, VISIBLE, card_id
 from prism_sgl.engine import spec as spec_channel
 from prism_sgl.engine.processes import adopt_orphans, kill_session
 from prism_sgl.engine.waiting_room import WaitingRoom
 from prism_sgl.engine.worker_source import WorkerSource
-from prism_sgl.errors import ConfigError
 from prism_sgl.messages import Kill, RuntimeId, Spawn, Spawned, StandbyToSupervisor, WorkerExited
 
 _MESSAGE_BYTES = 1 << 20
 _LOOK_AGAIN_S = 0.01
 _END_WITHIN_S = 2.0  # less than the supervisor waits for us
-_KNOWN_TO_CUDA = "CUDA_VISIBLE_DEVICES"
 
 
 class Standby:
@@ -150,14 +149,8 @@ def one_card(index: int, environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: fewer cards than that are visible.
     """
-    if not (visible := environment.get(_KNOWN_TO_CUDA)):
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", _KNOWN_TO_CUDA: str(index)}
-    cards = visible.split(",")
-    if index >= len(cards):
-        raise ConfigError(
-            "devices.index", f"is {index}, but {_KNOWN_TO_CUDA} is {visible}", "count within those, from 0"
-        )
-    return {_KNOWN_TO_CUDA: cards[index].strip()}
+    card = {VISIBLE: card_id(index, environment)}
+    return card if environment.get(VISIBLE) else {ORDER: BUS_ORDER, **card}
 
 
 def main() -> None:
@@ -166,11 +159,10 @@ def main() -> None:
     parser.add_argument("--kind", choices=("host", "cuda"), required=True)
     parser.add_argument("--index", type=int, default=0, help="index of the device among its kind")
     parser.add_argument(
-        "--waiting", type=int, default=0, help="workers that wait from the start; 0: fork them (host only)"
+        "--waiting", type=int, default=0, help="workers that wait from the start; of a host, 0: fork them"
     )
+    parser.add_argument("--cores", type=int, help="cores that imports may use; default: all of this process")
     arguments = parser.parse_args()
-    if arguments.kind == "cuda" and arguments.waiting < 1:
-        parser.error("workers of a card cannot be forked: --waiting must be 1 or more")
     adopt_orphans()
     # The supervisor ends us by closing the socket pair, and its death by PDEATHSIG, which it sets for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -178,14 +170,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = socket.socket(fileno=arguments.fd)
     channel.set_inheritable(False)  # the supervisor must see its end when we are gone, whoever lives on
-    Standby(channel, _source(arguments.kind, arguments.index, arguments.waiting, channel)).run()
+    cores = arguments.cores or len(os.sched_getaffinity(0))
+    Standby(channel, _source(arguments.kind, arguments.index, arguments.waiting, cores, channel)).run()
     # No interpreter shutdown: torch and SGLang need seconds for it, and nothing of ours is left to close.
     os._exit(0)
 
 
-def _source(kind: str, index: int, waiting: int, channel: socket.socket) -> WorkerSource:
-    if waiting:
-        cores = len(os.sched_getaffinity(0))
+def _source(kind: str, index: int, waiting: int, cores: int, channel: socket.socket) -> WorkerSource:
+    # Workers of a card cannot be forked; if none shall wait, one is started when it is wanted.
+    if waiting or kind == "cuda":
         environment = dict(os.environ)
         if kind == "cuda":
             environment |= one_card(index, environment)

@@ -57,7 +57,8 @@ class WaitingRoom:
     """Owns the waiting workers and the specs that wait for one. A WorkerSource.
 
     ``first`` workers wait at the beginning, for the models of models.toml; each that is taken lowers this number
-    until one is left: later starts come one by one, and a waiting worker costs host memory, of a card nothing.
+    until one is left: later starts come one by one, and a waiting worker costs host memory, of a card nothing. With 0
+    none waits before there is a spec. ``cores``: of all that import on this host, this room's part.
     """
 
     def __init__(

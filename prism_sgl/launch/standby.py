@@ -11,9 +11,11 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from prism_sgl.config import DeviceConfig
+from prism_sgl.config import Config, DeviceConfig
+from prism_sgl.config_checks import allowed_devices
 from prism_sgl.launch.children import Child, start_child
 from prism_sgl.messages import (
     DECODE_ERRORS,
@@ -30,18 +32,37 @@ from prism_sgl.messages import (
 _MAX_MESSAGE_BYTES = 1 << 18
 
 
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """What the waiting workers of one device may take of the host."""
+
+    num_waiting: int
+    num_cores: int
+
+
+def share_host(config: Config, num_cores: int) -> dict[str, HostShare]:
+    """By device. As many workers wait on the whole host as the router lets start at once, for each costs about 2 GiB
+    of host memory; but one beside each card that a model may come to, or its start there would pay the imports."""
+    named = {device.name for model in config.models.values() for device in allowed_devices(config, model)}
+    cards = [device.name for device in config.devices if device.kind == "cuda" and device.name in named]
+    each, rest = divmod(max(config.scheduler.start_parallel, len(cards)), max(1, len(cards)))
+    cores_each = max(1, num_cores // max(1, len(cards)))
+    num_waiting = {card: each + (number < rest) for number, card in enumerate(cards)}
+    # Workers of a host device are forked when they are wanted.
+    return {device.name: HostShare(num_waiting.get(device.name, 0), cores_each) for device in config.devices}
+
+
 class StandbyLink:
     """The socket pair to the standby of one device. Messages wait here while no standby lives."""
 
     def __init__(
         self,
         device: DeviceConfig,
-        start_parallel: int,
+        share: HostShare,
         receive: Callable[[DeviceConfig, StandbyToSupervisor], None],
     ) -> None:
         self.device = device
-        # As many as may start at once; on the host they are forked when they are wanted.
-        self._num_waiting = start_parallel if device.kind == "cuda" else 0
+        self._share = share
         self.num_undecodable = 0
         self._receive = receive
         self._socket: socket.socket | None = None
@@ -58,7 +79,9 @@ class StandbyLink:
                 "--index",
                 str(self.device.index),
                 "--waiting",
-                str(self._num_waiting),
+                str(self._share.num_waiting),
+                "--cores",
+                str(self._share.num_cores),
             ]
             name = f"standby {self.device.name}"
             child = start_child(name, module, args, env=env, log=log, fds=[theirs.fileno()])

@@ -7,6 +7,7 @@ standbys start and kill workers, and tells the router when one is gone with all 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import TextIO
 
 from prism_sgl.allocator.ledger import Ledger
-from prism_sgl.config import Config, DeviceConfig, log_dir, run_dir
+from prism_sgl.config import Config, DeviceConfig, cuda_environment, log_dir, run_dir
 from prism_sgl.errors import EXIT_OK, describe_exit
+from prism_sgl.launch.cards import check_cards
 from prism_sgl.launch.children import Child, start_child, why_ended
 from prism_sgl.launch.image_store import ImageStore
 from prism_sgl.launch.listen import listen
+from prism_sgl.launch.nvml import ReadCards, read_cards
 from prism_sgl.launch.processes import end_sessions
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.readiness import Readiness
@@ -28,7 +31,7 @@ from prism_sgl.launch.router_link import RouterLink
 from prism_sgl.launch.run_dir import RunDir
 from prism_sgl.launch.runtimes import Runtime, begin_log, build_spec, remove_files
 from prism_sgl.launch.service import Service
-from prism_sgl.launch.standby import StandbyLink, private_environment
+from prism_sgl.launch.standby import StandbyLink, private_environment, share_host
 from prism_sgl.launch.tasks import start_task
 from prism_sgl.messages import (
     Introduce,
@@ -59,13 +62,23 @@ class Programs:
     standby: str = "prism_sgl.engine.standby"
 
 
-def run(config: Config, *, programs: Programs | None = None, out: TextIO = sys.stdout) -> int:
+def run(
+    config: Config,
+    *,
+    programs: Programs | None = None,
+    out: TextIO = sys.stdout,
+    read_cards: ReadCards = read_cards,
+) -> int:
     """Serve until SIGINT or SIGTERM. Raises ConfigError or PortInUseError before anything is started."""
     with listen(config.server.host, config.server.port, file=config.file) as listener:
         directory = RunDir(run_dir(config), config.server.port)
         directory.acquire()
         try:
-            supervisor = Supervisor(config, listener, directory, programs or Programs(), Progress(out))
+            progress = Progress(out)
+            # Only now: what a killed instance left on the cards has been ended.
+            for note in check_cards(config, cuda_environment(), read_cards, is_here=True):
+                progress.line(f"warning: {note}")
+            supervisor = Supervisor(config, listener, directory, programs or Programs(), progress)
             return asyncio.run(supervisor.serve())
         finally:
             directory.end_all()
@@ -92,6 +105,7 @@ class Supervisor:
         self._log_dir = Path(log_dir(config))
         self._runtimes: dict[RuntimeId, Runtime] = {}
         self._standbys: dict[str, StandbyLink] = {}
+        self._shares = share_host(config, len(os.sched_getaffinity(0)))
         self._services: list[Service] = []
         self._readiness = Readiness(config, progress)
         self._signals = 0
@@ -172,8 +186,7 @@ class Supervisor:
         return child
 
     def _start_standby(self, device: DeviceConfig) -> None:
-        start_parallel = self._config.scheduler.start_parallel
-        link = self._standbys[device.name] = StandbyLink(device, start_parallel, self._on_standby)
+        link = self._standbys[device.name] = StandbyLink(device, self._shares[device.name], self._on_standby)
         name = f"standby-{device.name}"
 
         async def gone(reason: str) -> None:

@@ -17,8 +17,8 @@ from setproctitle import setproctitle
 from prism_sgl.engine.early_children import EarlyChild, EarlyChildError
 from prism_sgl.engine.spec import SPEC_VARIABLE
 from prism_sgl.launch.processes import session_members
-from prism_sgl.messages import RuntimeId, RuntimeSpec
 from tests.engine.reference import MODEL_PATH, greedy
+from tests.engine.specs import runtime_spec
 from tests.engine.system import System
 from tests.engine.test_tokens import long_prompt
 
@@ -47,25 +47,7 @@ context_length = 512
 dtype = "float32"
 max_running_requests = 16
 """
-SPEC = RuntimeSpec(
-    runtime=RuntimeId("chat@host0.1"),
-    model="chat",
-    path="/none",
-    device="host0",
-    device_kind="host",
-    device_index=0,
-    ledger_path="/none",
-    run_dir="/none",
-    floor_bytes=0,
-    ceiling_bytes=0,
-    priority=0,
-    block_tokens=1,
-    kv_page_bytes=1 << 21,
-    weights_page_bytes=1 << 21,
-    engine_args={},
-    env={},
-    log_path="",
-)
+SPEC = runtime_spec()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from prism_sgl.messages import (
     decode_standby_to_supervisor,
     encode_json,
 )
+from tests.engine.specs import runtime_spec
 from tests.launch.instance import wait_for_end
 
 CHAT, CODE = RuntimeId("chat@cuda0.1"), RuntimeId("code@cuda0.2")
@@ -88,22 +89,12 @@ class Room:
         return waiter
 
     def spawn(self, runtime: RuntimeId, **env: str) -> RuntimeSpec:
-        spec = RuntimeSpec(
+        spec = runtime_spec(
             runtime=runtime,
             model=runtime.split("@")[0],
-            path="/none",
             device="cuda0",
             device_kind="cuda",
-            device_index=0,
-            ledger_path="/none",
             run_dir=str(self.folder),
-            floor_bytes=0,
-            ceiling_bytes=0,
-            priority=0,
-            block_tokens=1,
-            kv_page_bytes=1 << 21,
-            weights_page_bytes=1 << 21,
-            engine_args={},
             env=env,
             log_path=str(self.folder / f"{runtime}.log"),
         )
@@ -289,6 +280,15 @@ def test_all_go_with_the_standby(folder: Path, how: str) -> None:
         os.kill(child, signal.SIGKILL)
     for waiter in (ready, importing):
         wait_for_end(waiter.pid)
+
+
+def test_nobody_waits_where_none_is_wanted_until_there_is_a_spec(folder: Path) -> None:
+    room = Room(folder, first=0, cores=6)
+    room.spawn(CHAT)
+    waiter = room.ready_waiter()
+    assert room.told() == Spawned(runtime=CHAT, pid=waiter.pid)
+    assert room.waiter().pid != waiter.pid, "now one waits, as in any room"
+    assert room.close() == 0, room.log.read_text()
 
 
 def test_card_of_an_index_is_the_only_one_that_its_workers_see() -> None:

@@ -22,7 +22,7 @@ from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import SHM_FOLDER, RunDir, remove_listed
 from prism_sgl.launch.runtimes import KEPT_LOGS, begin_log, build_spec
-from prism_sgl.launch.standby import StandbyLink
+from prism_sgl.launch.standby import HostShare, StandbyLink, share_host
 from prism_sgl.messages import RuntimeId
 
 RUNTIME = RuntimeId("org/chat@host0.3")
@@ -125,18 +125,54 @@ def test_event_is_one_line_whatever_the_reason_holds() -> None:
     assert out.getvalue().endswith("chat: ended ( two lines)\n")
 
 
-@pytest.mark.parametrize(("kind", "num_waiting"), [("host", "0"), ("cuda", "3")])
-def test_workers_of_a_card_wait_as_many_as_may_start_at_once(
-    tmp_path: Path, kind: str, num_waiting: str
+def shares(
+    num_cards: int, *, start_parallel: int, cores: int, allowed: tuple[str, ...] = ()
+) -> dict[str, HostShare]:
+    cards = [
+        DeviceConfig(name=f"gpu{i}", kind="cuda", index=i, memory_bytes=1 << 30) for i in range(num_cards)
+    ]
+    config = Config(
+        server=ServerConfig(),
+        memory=MemoryConfig(),
+        scheduler=SchedulerConfig(start_parallel=start_parallel),
+        devices=(*cards, DeviceConfig(name="host0", kind="host", memory_bytes=1 << 30)),
+        models={"chat": ModelConfig(name="chat", path="/m", devices=allowed)},
+    )
+    return share_host(config, cores)
+
+
+@pytest.mark.parametrize(
+    ("num_cards", "start_parallel", "waiting"),
+    [(1, 2, [2]), (3, 8, [3, 3, 2]), (8, 2, [1] * 8), (8, 8, [1] * 8), (2, 1, [1, 1])],
+)
+def test_as_many_workers_wait_on_all_cards_as_may_start_at_once_and_one_beside_each(
+    num_cards: int, start_parallel: int, waiting: list[int]
 ) -> None:
-    device = DeviceConfig(name="device0", kind=kind, memory_bytes=1 << 30, index=1)
+    given = shares(num_cards, start_parallel=start_parallel, cores=16)
+    assert [given[f"gpu{i}"].num_waiting for i in range(num_cards)] == waiting
+    assert given["host0"].num_waiting == 0, "forked when they are wanted"
+
+
+def test_cores_are_parted_among_the_cards_whose_workers_import() -> None:
+    assert {share.num_cores for share in shares(8, start_parallel=2, cores=128).values()} == {16}
+    assert {share.num_cores for share in shares(8, start_parallel=2, cores=4).values()} == {1}
+    assert {share.num_cores for share in shares(0, start_parallel=2, cores=4).values()} == {4}
+
+
+def test_nobody_waits_beside_a_card_that_no_model_may_come_to() -> None:
+    given = shares(3, start_parallel=4, cores=16, allowed=("gpu1", "host0"))
+    assert [given[f"gpu{i}"] for i in range(3)] == [HostShare(0, 16), HostShare(4, 16), HostShare(0, 16)]
+
+
+def test_standby_is_told_its_device_and_its_share(tmp_path: Path) -> None:
+    device = DeviceConfig(name="device0", kind="cuda", memory_bytes=1 << 30, index=1)
 
     def command_line(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
     async def arguments() -> list[str]:
         ready = asyncio.Event()
-        link = StandbyLink(device, 3, lambda _device, _message: ready.set())
+        link = StandbyLink(device, HostShare(3, 5), lambda _device, _message: ready.set())
         child = link.start("tests.launch.programs.tiny_standby", env=os.environ, log=tmp_path / "log")
         try:
             await ready.wait()
@@ -146,8 +182,10 @@ def test_workers_of_a_card_wait_as_many_as_may_start_at_once(
             await child.exited
 
     given = asyncio.run(arguments())
-    assert given[given.index("--waiting") + 1] == num_waiting
-    assert given[given.index("--index") + 1] == "1"
+    told = {
+        option: given[given.index(option) + 1] for option in ("--kind", "--index", "--waiting", "--cores")
+    }
+    assert told == {"--kind": "cuda", "--index": "1", "--waiting": "3", "--cores": "5"}
 
 
 def test_spec_has_all_that_the_worker_needs(tmp_path: Path) -> None:
