@@ -353,11 +353,10 @@ class Woke(Message, frozen=True):
 
 
 class WakeFailed(Message, frozen=True):
-    """``shortage``: memory did not come in time, try again; else the runtime is broken."""
+    """Memory did not come in time: it sleeps on and may be asked again. A runtime whose device failed ends instead."""
 
     runtime: RuntimeId
     reason: str
-    shortage: bool
 
 
 class Load(Message, frozen=True):

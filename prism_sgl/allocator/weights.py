@@ -78,6 +78,11 @@ class WeightsArena:
     def leased_granules(self) -> int:
         return self._lease.granules
 
+    @property
+    def device_is_short(self) -> bool:
+        """The device had no memory for what the ledger granted last: somebody outside the ledger holds it."""
+        return self._lease.device_is_short
+
     def materialise(self, end_bytes: int) -> bool:
         """Map the pages of bytes ``[0, end_bytes)``, to be filled by the caller.
 

@@ -17,8 +17,20 @@ _BUSY_RETRY_S = 0.005
 _BUSY_TIMEOUT_S = 1.0
 
 
+# SGLang's rpc brings the text of an exception and nothing else: how those begin that have changed nothing.
+BUSY, SHORTAGE = "busy: ", "shortage: "
+
+
+class EngineBusyError(PrismError):
+    """Requests are in the engine: it is awake as before."""
+
+
+class EngineShortError(PrismError):
+    """Memory did not come in time: it sleeps as before."""
+
+
 class SchedulerCallError(PrismError):
-    """The scheduler refused; the message is its exception's text."""
+    """The call failed half-way, so that nobody knows what state the scheduler is in: it must end."""
 
 
 class SchedulerControl:
@@ -30,20 +42,30 @@ class SchedulerControl:
         self._one_at_a_time = asyncio.Lock()
 
     async def sleep(self, *, keep_weights: bool, preempt: bool) -> float:
-        """Seconds it took. Raises SchedulerCallError when requests are in the engine that may not be set aside."""
+        """Seconds it took.
+
+        Raises:
+            EngineBusyError: requests are in the engine that may not be set aside.
+            SchedulerCallError: the device failed.
+        """
         began = time.perf_counter()
         while True:
             try:
                 await self._call("prism_sleep", keep_weights=keep_weights, preempt=preempt)
-            except SchedulerCallError as refusal:
-                if time.perf_counter() - began > _BUSY_TIMEOUT_S or "in the engine" not in str(refusal):
+            except EngineBusyError:
+                if time.perf_counter() - began > _BUSY_TIMEOUT_S:
                     raise
                 await asyncio.sleep(_BUSY_RETRY_S)
             else:
                 return time.perf_counter() - began
 
     async def wake(self, timeout_s: float) -> float:
-        """Seconds it took. Raises SchedulerCallError, its text beginning with "shortage" if memory was short."""
+        """Seconds it took.
+
+        Raises:
+            EngineShortError: memory did not come in ``timeout_s``.
+            SchedulerCallError: the device failed.
+        """
         began = time.perf_counter()
         await self._call("prism_wake", timeout_s=timeout_s, wait=False)
         return time.perf_counter() - began
@@ -59,6 +81,9 @@ class SchedulerControl:
         async with self._one_at_a_time:
             reply = await asyncio.to_thread(self._exchange, method, parameters)
         if not reply.success:
+            for beginning, error in ((BUSY, EngineBusyError), (SHORTAGE, EngineShortError)):
+                if reply.message.startswith(beginning):
+                    raise error(reply.message.removeprefix(beginning))
             raise SchedulerCallError(reply.message)
 
     def _exchange(self, method: str, parameters: dict[str, float]) -> RpcReqOutput:

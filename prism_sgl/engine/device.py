@@ -14,6 +14,7 @@ import torch
 
 from prism_sgl.allocator.vmm import GRANULE_BYTES, Vmm
 from prism_sgl.allocator.vmm_host import HostArena
+from prism_sgl.errors import VmmError
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ class Device(Protocol):
     def page_lock(self, source: memoryview) -> Callable[[], None]:
         """Fix host bytes in place, so that copies run at the speed of the link; returns what undoes it. In any thread.
 
-        Raises:
-            VmmError: the system refuses. Copies still work, but slowly.
+        Where the system refuses, that is said, and copies work all the same, but slowly.
         """
 
     def synchronize(self) -> None:
@@ -44,6 +44,9 @@ class Device(Protocol):
 
     def trim(self) -> None:
         """Give back what torch keeps for later."""
+
+    def cap_torch(self, size_bytes: int) -> None:
+        """From now on torch fails with its own out-of-memory error rather than hold more than this, caches included."""
 
     def used_bytes(self) -> int:
         """What this process holds on the device, arenas included: context, modules, graphs, torch's memory."""
@@ -69,6 +72,9 @@ class HostDevice:
         pass
 
     def trim(self) -> None:
+        pass
+
+    def cap_torch(self, size_bytes: int) -> None:
         pass
 
     def used_bytes(self) -> int:
@@ -115,13 +121,21 @@ class CudaDevice:
     def page_lock(self, source: memoryview) -> Callable[[], None]:
         from prism_sgl.allocator.vmm_cuda import page_lock
 
-        return page_lock(self._calls, source)
+        try:
+            return page_lock(self._calls, source)
+        except VmmError as error:
+            log.warning("%s: every wake of this model will be slow; raise the limit of locked memory", error)
+            return lambda: None
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
+
+    def cap_torch(self, size_bytes: int) -> None:
+        total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total_bytes))
 
     def used_bytes(self) -> int:
         import pynvml

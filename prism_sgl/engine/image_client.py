@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +20,8 @@ from prism_sgl import addresses, messages
 from prism_sgl.allocator.image import Image, PageLock
 from prism_sgl.errors import PrismError, VmmError
 from prism_sgl.messages import FindImage, ImageReply, OpenImage, SealImage
+
+log = logging.getLogger(__name__)
 
 _REPLY_BYTES = 4096
 
@@ -83,8 +87,24 @@ class ImageMemory:
     def _allocate(self, size_bytes: int) -> None:
         image = None
         if size_bytes > 0:
+            locked_s = 0.0
+
+            def page_lock(view: memoryview) -> Callable[[], None]:
+                nonlocal locked_s
+                began = time.perf_counter()
+                unlock = self._page_lock(view)
+                locked_s = time.perf_counter() - began
+                return unlock
+
+            began = time.perf_counter()
             with contextlib.suppress(VmmError):  # it is said when it is needed, and perhaps it is not
-                image = Image.create(self._name, size_bytes, self._page_lock)
+                image = Image.create(self._name, size_bytes, page_lock)
+                log.info(
+                    "image memory: %d MiB made in %.2f s, page-locked in %.2f s",
+                    size_bytes >> 20,
+                    time.perf_counter() - began - locked_s,
+                    locked_s,
+                )
         self._allocation.set_result(image)
 
 

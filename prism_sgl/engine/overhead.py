@@ -1,7 +1,9 @@
 """The lease of what an engine holds on its card beside pages: context, modules, graphs, workspaces, torch's memory.
 
 The budget is the truth of the card only if this is in it. It is measured (the driver tells it for each process),
-not computed, and leased before it is used where that can be foreseen: a model that loads, a pass that prefills.
+not computed, and leased before it is used where that can be foreseen: a model that loads, a pass that prefills. What
+was not foreseen (prompts whose every token's probability is asked for) may come from what the budget has free, but
+torch is capped so that it takes nothing that others have leased.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ _SETTLE_TIMEOUT_S = 10.0
 # Torch's part is looked at so often while the engine works; it grows in the first passes and then stays.
 _LOOK_EVERY_S = 0.5
 _LOOK_AT_LEAST_EVERY_S = 5.0
+# Torch may hold this much more than is leased and free: what it keeps for later is in pieces of its own sizes.
+_TOLERATED_BYTES = 512 << 20
 # Rows of float32 logits that stand at once: of the requests whose prefill ends in one pass, with a copy or two.
 _LOGITS_ROWS = 128
 
@@ -56,6 +60,14 @@ class Overhead:
         self._wanted_bytes = used_bytes + allowance_bytes
         return self._lease(timeout_s)
 
+    def cap(self) -> None:
+        """Keep torch within the budget: once the engine is complete, for loading and capture take what they take."""
+        if self._base_bytes:
+            leased_bytes = self._memory.owner.held(Kind.OVERHEAD) * GRANULE_BYTES - self._base_bytes
+            free_bytes = self._memory.ledger.totals().free * GRANULE_BYTES
+            allowed_bytes = max(leased_bytes, _torch_bytes()) + free_bytes + _TOLERATED_BYTES
+            self._memory.device.cap_torch(allowed_bytes)
+
     def look(self, *, in_a_hurry: bool) -> None:
         """At safe points: torch may have taken more than was foreseen. That is true already, so lease it.
 
@@ -71,6 +83,7 @@ class Overhead:
             self._wanted_bytes = used_bytes
         if granules(self._wanted_bytes) > self._memory.owner.held(Kind.OVERHEAD):
             self._lease(0.0)
+        self.cap()
 
     def _lease(self, timeout_s: float) -> bool:
         owner = self._memory.owner

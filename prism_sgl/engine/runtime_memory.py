@@ -24,6 +24,7 @@ from prism_sgl.engine.device import open_device
 from prism_sgl.engine.first_tokens import FirstTokenTeller
 from prism_sgl.engine.overhead import Overhead
 from prism_sgl.engine.spec import current_spec
+from prism_sgl.engine.strangers import LONGEST_RETRY_S, RETRY_S, Strangers
 from prism_sgl.errors import PrismError
 from prism_sgl.footprint import KvPage
 from prism_sgl.messages import RuntimeSpec
@@ -69,6 +70,7 @@ class RuntimeMemory:
         self.weights: WeightsArena | None = None
         self.arrival: Arrival | None = None  # set with the weights
         self.overhead = Overhead(self)
+        self.strangers = Strangers(spec.device)
         self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
         self._told_late: list[str] = []
         self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)
@@ -102,10 +104,11 @@ class RuntimeMemory:
         pages = PagePool(page_bytes=page.page_bytes, blocks_per_page=page.blocks, num_blocks=num_blocks)
         size_bytes = pages.num_pages * page.page_bytes
         vmm = self.device.arena(f"{self.spec.runtime}:kv", size_bytes, page.page_bytes, zeroed=True)
-        pool = ElasticPool(vmm, self.owner, pages)
+        pool = self.kv = ElasticPool(vmm, self.owner, pages)
         if self.insist(pool.open, vmm.page_bytes, START_TIMEOUT_S) is None:
-            raise ShortageError(f"{self.spec.runtime}: no memory for the first page of KV")
-        self.kv = pool
+            raise ShortageError(
+                f"{self.spec.model}: no room for the first page of KV{self.who_is_in_the_way()}"
+            )
         return pool
 
     def insist(
@@ -118,9 +121,12 @@ class RuntimeMemory:
         """
         deadline = time.monotonic() + timeout_s
         asked_at = -math.inf
+        pause_s = RETRY_S
         while True:
             result = attempt()
-            if result is not None and result is not False:
+            enough = result is not None and result is not False
+            self.strangers.look(self.device_is_short, enough=enough)
+            if enough:
                 return result
             now = time.monotonic()
             if now >= deadline:
@@ -128,7 +134,20 @@ class RuntimeMemory:
             if now - asked_at > TARGET_DEADLINE_S:
                 self.ask_neighbours(granules(wanted_bytes() if callable(wanted_bytes) else wanted_bytes))
                 asked_at = now
-            self.bell.wait(_LOOK_AGAIN_S)
+            if self.device_is_short:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+            else:
+                self.bell.wait(_LOOK_AGAIN_S)
+
+    @property
+    def device_is_short(self) -> bool:
+        """The last map found no memory where the ledger had room."""
+        return any(part.device_is_short for part in (self.kv, self.weights) if part is not None)
+
+    def who_is_in_the_way(self) -> str:
+        """What to add to the text of a shortage."""
+        return "; another process holds the device's memory" if self.device_is_short else ""
 
     def ask_neighbours(self, wanted: int) -> None:
         """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back."""

@@ -9,26 +9,22 @@ hand, and un-stick admission (``batch_is_full`` is never reset on an empty batch
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+from prism_sgl.engine import strangers
 from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
-
-log = logging.getLogger(__name__)
 
 # Costs are per call, not per byte: a runtime that grows takes at least this many pages at once, if they are free.
 _GROW_PAGES = 4
 # The last running request waits this long for its runtime's floor before SGLang may abort it.
 _FLOOR_TIMEOUT_S = 60.0
 _RETRY_S = 0.002
-# While a process outside the ledger holds the device's memory, every try is a driver call in vain.
-_STRANGER_RETRY_S = 0.05
 
 
 class SafePoint:
@@ -41,7 +37,6 @@ class SafePoint:
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
-        self._strangers_told = False
         self.giving = Giving(scheduler, memory)
         self._asked_at = -math.inf
         self._tried_at = -math.inf
@@ -89,7 +84,7 @@ class SafePoint:
         running = self._running_tokens(running_batch) if room or waiting else 0
         lacking = waiting + running - self.allocator.available_size()
         wanted = min(lacking, room)
-        pause_s = _STRANGER_RETRY_S if self._device_was_short else _RETRY_S
+        pause_s = strangers.RETRY_S if self._device_was_short else _RETRY_S
         if wanted > 0 and time.monotonic() - self._tried_at > pause_s:
             self._tried_at = time.monotonic()
             gained = self.grow(wanted)
@@ -98,7 +93,8 @@ class SafePoint:
             running_batch.batch_is_full = False
         if not busy:
             # Nobody waits any more, with what there is, so the next shortage is news again.
-            self._tell_of_strangers(False, enough=True)
+            self._device_was_short = False
+            self.memory.strangers.look(False, enough=True)
         if waiting and running_batch.is_empty():
             # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
             running_batch.batch_is_full = False
@@ -118,22 +114,9 @@ class SafePoint:
         gained = sum(len(r) for r in ranges) * self.allocator.page_size
         # A single page that comes free in between is not the end of a shortage.
         enough = gained >= min(tokens, self.allocator.page_tokens + 1)
-        self._tell_of_strangers(self.allocator.elastic.device_is_short, enough=enough)
+        self._device_was_short = self.allocator.elastic.device_is_short
+        self.memory.strangers.look(self._device_was_short, enough=enough)
         return gained
-
-    def _tell_of_strangers(self, device_is_short: bool, *, enough: bool) -> None:
-        """Once, when it begins and when it is over: requests wait meanwhile, and their owner wants to know why."""
-        self._device_was_short = device_is_short
-        if device_is_short and not self._strangers_told:
-            self._strangers_told = True
-            log.warning(
-                "%s has no memory where its budget has room: another process holds it; requests wait. "
-                "End that process, or lower memory in [[devices]]",
-                self.memory.spec.device,
-            )
-        if self._strangers_told and enough and not device_is_short:
-            self._strangers_told = False
-            log.info("%s has memory for waiting requests again", self.memory.spec.device)
 
     def ensure_usable(self, tokens: int) -> bool:
         """Wait until pages for ``tokens`` tokens are mapped, used ones included; False if they never came.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -17,10 +17,11 @@ from prism_sgl import footprint
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
 from prism_sgl.engine import page_eviction
+from prism_sgl.engine.control import BUSY, SHORTAGE
 from prism_sgl.engine.overhead import prefill_bytes
-from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError
+from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.safe_point import SafePoint
-from prism_sgl.errors import PrismError, VmmError
+from prism_sgl.errors import PrismError
 from prism_sgl.messages import RuntimeFacts, RuntimeState
 from prism_sgl.units import granules
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class BusyError(PrismError):
-    """Requests are in the engine; it cannot sleep now."""
+    """Requests are in the engine; it cannot sleep now. Nothing has changed."""
 
 
 def bind(scheduler: Any) -> RuntimeFacts:
@@ -56,9 +57,16 @@ def bind(scheduler: Any) -> RuntimeFacts:
     memory.device.trim()
     memory.overhead.settle(0)
     asleep = memory.owner.held(Kind.OVERHEAD)
-    memory.overhead.settle(_allowance_bytes(scheduler))
+    allowance_bytes = _allowance_bytes(scheduler)
+    if not memory.overhead.settle(allowance_bytes, START_TIMEOUT_S):
+        raise ShortageError(
+            f"{memory.spec.model}: no room for {allowance_bytes >> 20} MiB of activations on {memory.spec.device}"
+        )
     if not point.ensure_usable(scheduler.max_req_len):
-        raise ShortageError(f"{memory.spec.model}: no room for min_kv on {memory.spec.device}")
+        raise ShortageError(
+            f"{memory.spec.model}: no room for min_kv on {memory.spec.device}{memory.who_is_in_the_way()}"
+        )
+    memory.overhead.cap()
     _rest(memory, RuntimeState.AWAKE)
     return RuntimeFacts(
         weights_bytes=memory.owner.held(Kind.WEIGHTS) * GRANULE_BYTES,
@@ -101,7 +109,8 @@ def prism_sleep(scheduler: Any, keep_weights: bool, preempt: bool = False) -> No
     and what they have of their answers are prefilled again then.
 
     Raises:
-        BusyError: requests are in the engine, and ``preempt`` is not said. Nothing has changed.
+        BusyError: requests are in the engine, and ``preempt`` is not said.
+        VmmError: the device failed. Nothing is admitted any more; the worker ends the engine (worker.py).
     """
     memory, point = _complete()
     assert memory.weights is not None
@@ -113,13 +122,13 @@ def prism_sleep(scheduler: Any, keep_weights: bool, preempt: bool = False) -> No
         elif preempt:
             _set_aside(scheduler)
         else:
-            raise BusyError("requests are in the engine")
+            raise BusyError(f"{BUSY}requests are in the engine")
+        point.asleep = True  # whatever fails from here on, nothing is admitted to pages that are gone
         # Unmapping is not ordered by streams: nothing may be under way, nor the surplus step of an overlapped turn.
         memory.device.synchronize()
         if memory.arrival is not None:
             memory.arrival.wait()
         point.allocator.drop_all()
-        point.asleep = True
         memory.device.trim()
         memory.overhead.settle(0, 0.0)
     if not keep_weights:
@@ -150,8 +159,9 @@ def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
     ``wait`` until the copies are done; else passes wait for them on the card (arrival.py).
 
     Raises:
-        ShortageError: memory did not come in ``timeout_s``. Everything taken has been given back.
-        VmmError: the driver failed; likewise, as far as it lets go.
+        ShortageError: memory did not come in ``timeout_s``. It sleeps; weights that have come stay for the next try,
+            or until neighbours ask for them.
+        VmmError: the device failed. The worker ends the engine (worker.py), which gives everything back.
     """
     memory, point = _complete()
     weights, arrival = memory.weights, memory.arrival
@@ -161,26 +171,22 @@ def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
     began = time.perf_counter()
     missing_bytes = weights.missing_bytes
     memory.owner.set_state(RuntimeState.WAKING)
-    try:
-        woken = memory.insist(weights.wake, missing_bytes, timeout_s)
-    except VmmError:
-        _rest(memory, RuntimeState.ASLEEP)  # so that neighbours may still ask for what is left
-        raise
-    if woken is None:
-        _rest(memory, RuntimeState.ASLEEP)
-        raise ShortageError(f"shortage: no room for {missing_bytes >> 20} MiB of weights")
+    if memory.insist(weights.wake, missing_bytes, timeout_s) is None:
+        _sleep_on(memory, f"{missing_bytes >> 20} MiB of weights")
     if missing_bytes:
         arrival.begin()
     mapped = time.perf_counter()
+    allowance_bytes = _allowance_bytes(scheduler)
+    if not memory.overhead.settle(allowance_bytes, timeout_s):
+        _sleep_on(memory, f"{allowance_bytes >> 20} MiB of activations")
     page_bytes = point.allocator.elastic.pages.page_bytes
     if memory.insist(point.allocator.reopen, page_bytes, timeout_s) is None:
-        arrival.wait()
-        _rest(memory, RuntimeState.ASLEEP)
-        raise ShortageError("shortage: no room for the first page of KV")
+        memory.overhead.settle(0, 0.0)
+        _sleep_on(memory, "the first page of KV")
     point.asleep = False
-    memory.overhead.settle(_allowance_bytes(scheduler), 0.0)
     # The rest of the floor comes with the first request's safe points; what is free is taken now, at once.
     point.grow(scheduler.max_req_len)
+    memory.overhead.cap()
     kv_mapped = time.perf_counter()
     if wait:
         arrival.wait()
@@ -193,6 +199,14 @@ def prism_wake(scheduler: Any, timeout_s: float, wait: bool) -> None:
         kv_mapped - mapped,
         time.perf_counter() - kv_mapped,
     )
+
+
+def _sleep_on(memory: RuntimeMemory, missing: str) -> NoReturn:
+    """The wake ends here. What has come of the weights may be given to neighbours, so nothing may still be copied."""
+    assert memory.arrival is not None
+    memory.arrival.wait()
+    _rest(memory, RuntimeState.ASLEEP)
+    raise ShortageError(f"{SHORTAGE}no room for {missing}{memory.who_is_in_the_way()}")
 
 
 def prism_quota(scheduler: Any, floor_bytes: int, ceiling_bytes: int) -> None:

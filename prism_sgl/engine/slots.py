@@ -182,8 +182,10 @@ class ElasticBlocks:
     def drop_all(self) -> None:
         """Sleep: no block is usable any more. Only when nothing is used."""
         assert self.used_blocks() == 0, f"{self.used_blocks()} blocks are in use"
-        self.elastic.close_all()
-        self.clear()
+        try:
+            self.elastic.close_all()
+        finally:
+            self.clear()
 
     def reopen(self) -> bool:
         """Wake: block 0's page is mapped again. False on shortage."""

@@ -83,7 +83,7 @@ def _move(memory: RuntimeMemory, arena: WeightsArena, groups: list[StorageGroup]
         if memory.insist(materialise, unmapped_bytes, START_TIMEOUT_S) is None:
             raise ShortageError(
                 f"{memory.spec.model}: no room for {arena.vmm.size_bytes >> 20} MiB of weights on "
-                f"{memory.spec.device} within {START_TIMEOUT_S:.0f} s"
+                f"{memory.spec.device} within {START_TIMEOUT_S:.0f} s{memory.who_is_in_the_way()}"
             )
         for index in step:
             group = groups[index]

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
 import zmq
@@ -183,7 +183,7 @@ class Worker:
                     await self.control.set_quota(floor, ceiling)
 
     async def _sleep(self, keep_weights: bool, preempt: bool) -> None:
-        from prism_sgl.engine.control import SchedulerCallError
+        from prism_sgl.engine.control import EngineBusyError, SchedulerCallError
 
         runtime = self.spec.runtime
         if self.bridge.running and not preempt:
@@ -192,25 +192,28 @@ class Worker:
         self.bridge.awake = False
         try:
             seconds = await self.control.sleep(keep_weights=keep_weights, preempt=preempt)
-        except SchedulerCallError as refusal:
+        except EngineBusyError as busy:
             self.bridge.awake = True
-            self.report(SleepRefused(runtime=runtime, reason=str(refusal)))
+            self.report(SleepRefused(runtime=runtime, reason=str(busy)))
+        except SchedulerCallError as error:
+            _end(f"could not sleep: {error}")
         else:
             self.state = RuntimeState.ASLEEP
             self.report(self._load())  # what it holds now, before the state that follows from it
             self.report(Slept(runtime=runtime, seconds=seconds))
 
     async def _wake(self) -> None:
-        from prism_sgl.engine.control import SchedulerCallError
+        from prism_sgl.engine.control import EngineShortError, SchedulerCallError
 
         runtime = self.spec.runtime
         self.state = RuntimeState.WAKING
         try:
             seconds = await self.control.wake(_WAKE_TIMEOUT_S)
-        except SchedulerCallError as refusal:
+        except EngineShortError as shortage:
             self.state = RuntimeState.ASLEEP
-            reason = str(refusal)
-            self.report(WakeFailed(runtime=runtime, reason=reason, shortage=reason.startswith("shortage")))
+            self.report(WakeFailed(runtime=runtime, reason=str(shortage)))
+        except SchedulerCallError as error:
+            _end(f"could not wake: {error}")
         else:
             self.state = RuntimeState.AWAKE
             self.bridge.awake = True
@@ -244,9 +247,17 @@ class Worker:
 
     def _engine_died(self) -> None:
         # A scheduler that has caught an exception says so before it ends, and its error stands above.
-        if ended := self.engine.who_ended():
-            log.error("EngineError: %s", ended)
-        os._exit(1)
+        _end(self.engine.who_ended())
+
+
+def _end(reason: str) -> NoReturn:
+    """At once: the engine is not to be used any more. Its memory comes back with its processes, which the standby ends.
+
+    Clients and operators read ``reason``, if there is one: it is the last error in the log.
+    """
+    if reason:
+        log.error("EngineError: %s", reason)
+    os._exit(1)
 
 
 def serve(spec: RuntimeSpec, *, wanted_at_s: float | None = None, early: EarlyChildren | None = None) -> None:

@@ -105,19 +105,13 @@ class RuntimeDesk:
         if runtime.state is not WAKING:
             return
         model = runtime.model
-        if runtime is not model.runtime and message.shortage:
+        if runtime is not model.runtime:
             self._fleet.move(runtime, ASLEEP, now, message.reason)
-        elif runtime is not model.runtime:
-            self._lifecycle.stop(runtime, now, f"could not wake: {message.reason}")
-        elif message.shortage:
+        else:
             wait_s = min(_LONGEST_WAKE_RETRY_S, _FIRST_WAKE_RETRY_S * 2.0**model.shortages)
             model.shortages = min(model.shortages + 1, 10)
             model.not_before = now + wait_s
             self._fleet.move(runtime, ASLEEP, now, f"{message.reason}; tried again in {wait_s:.1f} s")
-        else:
-            self._lifecycle.back_off(runtime, now)
-            model.start_wanted = True
-            self._lifecycle.stop(runtime, now, f"could not wake: {message.reason}")
 
     def load(self, runtime: Runtime, message: Load, now: float) -> None:
         runtime.weights_bytes, runtime.kv_bytes = message.weights_bytes, message.kv_bytes

@@ -87,7 +87,7 @@ class Costs:
 class World:
     """Owner of virtual time and of all that happens in it.
 
-    ``load_fails`` and ``wake_fails`` are asked at each start and wake: a reason makes it fail.
+    ``load_fails`` and ``wake_fails`` are asked at each start and wake: for a reason the runtime ends.
     """
 
     def __init__(

@@ -159,7 +159,9 @@ class VirtualRuntime:
             return
         self._obeying = False
         reason = self._world.wake_fails(self.id) if self.state is RuntimeState.WAKING else None
-        if reason is None and self._map():
+        if reason is not None:
+            self._world.kill(self.id, reason)
+        elif self._map():
             self.state = RuntimeState.AWAKE
             self._world.from_runtime(self.id, Woke(runtime=self.id, seconds=self._world.costs.wake_s))
             aside, self._aside = self._aside, []
@@ -167,8 +169,7 @@ class VirtualRuntime:
                 self._world.after(self._world.costs.prefill_s, partial(self._when_awake, go_on))
         else:
             self.state = RuntimeState.ASLEEP
-            failed = WakeFailed(runtime=self.id, reason=reason or "shortage", shortage=reason is None)
-            self._world.from_runtime(self.id, failed)
+            self._world.from_runtime(self.id, WakeFailed(runtime=self.id, reason="memory did not come"))
         self._obey()
 
     # ------------------------------------------------------------ requests of an api_server

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,9 @@ chunked_prefill_size = 128
 max_running_requests = 16
 """
 
+# In the system's folder: while it is there, maps fail for the model whose name it holds (failing_device).
+FAILING_DEVICE = "fails"
+
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
@@ -61,5 +66,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     broken.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # all but the weights
         shutil.copy(MODEL_PATH / name, broken)
-    with running(folder, CONFIG, path=MODEL_PATH, broken=broken) as started:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # the engines inherit it
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent / "failing_device"))
+            patch.setenv("FAILING_DEVICE", str(folder / FAILING_DEVICE))
+            started = stack.enter_context(running(folder, CONFIG, path=MODEL_PATH, broken=broken))
         yield started

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.engine.conftest import FAILING_DEVICE
 from tests.engine.reference import greedy_batch
 from tests.engine.system import System, wait_for
 from tests.engine.test_tokens import long_prompt
@@ -79,3 +80,23 @@ def test_kill_of_a_runtime_harms_nobody_else(system: System) -> None:
     after = system.runtime_pids("code")
     assert after["scheduler"] != before["scheduler"]
     assert not os.path.exists(f"/proc/{before['worker']}")
+
+
+def test_a_device_that_fails_in_a_wake_fails_that_model_alone(system: System) -> None:
+    """Its pages come back, others serve, and it starts again for the request that waits."""
+    prompt, others = long_prompt(240, 30), [long_prompt(250 + i, 30) for i in range(2)]
+    assert system.admin("sleep", "code").status_code == 200
+    fails = system.run_dir.parent / FAILING_DEVICE
+    with ThreadPoolExecutor(1) as pool:
+        fails.write_text("code")
+        try:
+            future = pool.submit(system.generate, "code", prompt, NUM_TOKENS)
+            wait_for("the wake to fail", lambda: system.status("code")["state"] == "failed")
+            with system.ledger("host0") as ledger:
+                assert not [o for o in ledger.owners() if o.name.startswith("code@") and o.alive]
+            assert system.held("code", "weights") == system.held("code", "kv") == 0
+            answers = [system.generate("chat", other, NUM_TOKENS)["output_ids"] for other in others]
+        finally:
+            fails.unlink()
+        assert [*answers, future.result()["output_ids"]] == expected([*others, prompt])
+    assert any("could not wake" in line and "Input/output error" in line for line in system.lines)

@@ -14,6 +14,7 @@ from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import DeviceFullError, num_pages_in
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.engine.safe_point import SafePoint
+from prism_sgl.engine.strangers import Strangers
 from prism_sgl.messages import RuntimeState
 from tests.engine.elastic_fixture import Elastic, make_elastic
 
@@ -45,6 +46,8 @@ class Runtime:
             overhead=SimpleNamespace(look=lambda *, in_a_hurry: self.in_a_hurry.append(in_a_hurry)),
             arrival=None,
             ask_neighbours=self.asked.append,
+            strangers=Strangers("gpu0"),
+            device_is_short=False,
         )
         memory.insist = partial(RuntimeMemory.insist, memory)
         self.scheduler = SimpleNamespace(

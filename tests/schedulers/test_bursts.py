@@ -219,7 +219,7 @@ def test_spare_that_finds_no_memory_leaves_the_burst_to_its_old_home() -> None:
     router.submit("b1", "busy")
     router.submit("r1")
     router.slept(HOME)
-    router.runtime(WakeFailed(runtime=SPARE, reason="no memory", shortage=True))
+    router.runtime(WakeFailed(runtime=SPARE, reason="no memory"))
     woken = of(router.wait(5), Wake)
     assert woken, "the request waits for nobody"
     served = router.runtime(Woke(runtime=woken[0].runtime, seconds=0.01))

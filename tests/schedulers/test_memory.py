@@ -218,7 +218,7 @@ def test_wake_that_finds_no_memory_is_tried_again() -> None:
     router.now += 100
     router.submit("r1", "third")
     router.start_all()
-    failed = WakeFailed(runtime=router.id("third"), reason="shortage: none", shortage=True)
+    failed = WakeFailed(runtime=router.id("third"), reason="no room")
     commands = router.runtime(failed)
     assert woken_models(commands) == []
     assert router.state("third").state == "asleep"
@@ -229,15 +229,15 @@ def test_wake_that_finds_no_memory_is_tried_again() -> None:
     assert granted(router.woke("third")) == ["r1"]
 
 
-def test_runtime_that_cannot_wake_is_started_anew() -> None:
+def test_runtime_that_ends_in_a_wake_has_failed_and_is_started_anew() -> None:
     router = three()
     router.now += 100
     router.submit("r1", "third")
     router.start_all()
     old = router.id("third")
-    router.runtime(WakeFailed(runtime=old, reason="bad image", shortage=False))
-    assert router.state("third").state == "stopping"
-    router.exit("third", expected=True)
+    router.exit("third", reason="exit code 1")
+    assert router.state("third").state == "failed"
+    assert {router.state(name).state for name in ("chat", "code")} <= {"awake", "asleep"}
     router.wait(2)
     assert router.id("third") != old
     assert granted(router.hello("third")) == ["r1"]

@@ -426,7 +426,7 @@ def test_move_to_a_spare_takes_a_wake_and_leaves_the_source_asleep() -> None:
 def test_spare_that_finds_no_memory_stays_a_spare() -> None:
     router, spare = with_spare()
     move(router)
-    failed = router.runtime(WakeFailed(runtime=spare, reason="no memory", shortage=True))
+    failed = router.runtime(WakeFailed(runtime=spare, reason="no memory"))
     assert replies(failed) == [("move", 409)]
     assert (router.state("chat").device, router.state("chat").others[0].role) == ("host0", "spare")
 

@@ -1,7 +1,7 @@
 """A runtime of the simulator that computes: the Controller's messages on one side, an Engine on the other.
 
 The Controller cannot tell it from a live one: it says Hello, Load, Started, FirstToken, Finished, Slept, Woke, and
-a wake that finds no memory in time is a WakeFailed with ``shortage``.
+a wake that finds no memory in time is a WakeFailed.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class ReplayRuntime:
     def _give_up(self, number: int) -> None:
         if self._num_wakes == number and self._device.drop_claim(self._engine.owner):
             self._state, self._obeying = RuntimeState.ASLEEP, False
-            self._say(WakeFailed(runtime=self.id, reason="memory did not come", shortage=True))
+            self._say(WakeFailed(runtime=self.id, reason="memory did not come"))
             self._obey()
 
     def _copy(self, kept_bytes: int) -> None:
