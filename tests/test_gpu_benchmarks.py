@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import math
@@ -14,18 +15,20 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 
 from benchmarks.gpu import cores
 from benchmarks.gpu.card import Card, Neighbour
 from benchmarks.gpu.children import Action, Child, ChildError, Engine
 from benchmarks.gpu.engine_process import Ask, EngineHandler, EngineLike, Handler, random_ids
-from benchmarks.gpu.nvml import GIB, MIB
+from benchmarks.gpu.nvml import GIB, MIB, CardInfo
 from benchmarks.gpu.results import RESULTS, Results, result_path
 from benchmarks.gpu.session import OutOfTimeError, bounded
-from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_rounds
+from benchmarks.gpu.stats import Ratio, mean, percentile, quantile, ratio_of_requests, ratio_of_rounds
 from prism_sgl.allocator.ledger import Kind, Ledger
 from prism_sgl.messages import RuntimeState
 from prism_sgl.units import GRANULE_BYTES
@@ -87,6 +90,7 @@ class StandInRuntime(StandInEngine):
         assert self._owner.try_reserve(Kind.WEIGHTS, WEIGHTS)
         self._owner.set_state(RuntimeState.AWAKE)
         self._owner.set_activity(False, 0, time.monotonic_ns())
+        print("image memory: 256 MiB made in 0.40 s, page-locked in 0.30 s")
         print("m: 7 storages, 200.0 MiB, in the arena in 0.1 s, image in 0.50 s, page-locked in 0.25 s")
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -95,6 +99,7 @@ class StandInRuntime(StandInEngine):
     ) -> AsyncIterator[dict[str, Any]]:
         with self._lock:
             self._owner.reserve_up_to(Kind.KV, 1 << 20)
+        print(f"Prefill batch, #new-seq: 1, #new-token: {len(input_ids)}, #cached-token: 0", flush=True)
         return await super().async_generate(input_ids, sampling_params, stream)
 
     def collective_rpc(self, method: str, **kwargs: Any) -> None:
@@ -119,6 +124,7 @@ class StandInRuntime(StandInEngine):
                 deadline = time.monotonic() + 5.0
                 while not owner.try_reserve(Kind.KV, kwargs["size_bytes"] // GRANULE_BYTES):
                     assert time.monotonic() < deadline
+                print("grow: 8192 MiB more after 12.34 ms in 3 turns", flush=True)
 
     def _answer(self) -> None:
         while True:
@@ -155,7 +161,7 @@ class StandInHandler(EngineHandler):
 
 
 class StandInCard(Handler):
-    def do_context(self) -> list[int]:
+    def do_context(self, small_stacks: bool = False) -> list[int]:
         return [os.getpid()]
 
     def do_hold(self, size_bytes: int) -> None: ...
@@ -316,6 +322,15 @@ def test_requests_are_sent_at_their_times(engine: Engine) -> None:
     assert all(0 <= answer["sent_s"] < 5 for answer in burst.answers)
 
 
+def test_an_action_comes_amid_requests_once_all_have_begun(engine: Engine) -> None:
+    mark = engine.log_mark()
+    burst = engine.act_amid({"name": "amid"}, [Ask(1, 5, 3), Ask(2, 6, 4)])
+    assert burst.new_tokens == 7 and not burst.errors
+    assert engine.log_matches(r"rpc (amid)", mark) == [("amid",)]
+    with pytest.raises(ChildError, match="1 requests had no token"):
+        engine.act_amid({"name": "amid"}, [Ask(1, 5, 3), Ask(2, 13, 3)])
+
+
 def test_actions_go_to_the_engine_or_by_rpc(engine: Engine) -> None:
     sleep: Action = {"name": "prism_sleep", "args": {"keep_weights": True}}
     mark = engine.log_mark()
@@ -415,12 +430,13 @@ def test_flags_of_ours_and_stock_are_the_same(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "options", "num_rows"),
     [
-        ("wake", ["--cycles", "2"], 27),
+        ("wake", ["--cycles", "2"], 41),
         ("overhead", ["--rounds", "2", "--requests", "2"], 29),
-        ("residual", [], 14),
-        ("share", ["--rounds", "2"], 10),
-        ("neighbours", ["--rounds", "1"], 15),
-        ("coserve", ["--seconds", "0.5", "--systems", "stock,ours,kvcached"], 7),
+        ("residual", [], 33),
+        ("share", ["--rounds", "2"], 18),
+        ("neighbours", ["--rounds", "2"], 19),
+        ("coserve", ["--seconds", "0.5", "--systems", "stock,ours,kvcached"], 9),
+        ("stale_bytes", [], 4),
     ],
 )
 def test_every_script_runs_through(
@@ -433,6 +449,10 @@ def test_every_script_runs_through(
     monkeypatch.setattr("benchmarks.gpu.children.ENGINE", HANDLER)
     monkeypatch.setattr("benchmarks.gpu.card.CARD", "tests.test_gpu_benchmarks:StandInCard")
     monkeypatch.setattr(script, "ensure_models", lambda *names: [tmp_path for _ in names])
+    if name in ("wake", "residual"):  # with all that an H200 has the room for
+        monkeypatch.setattr(script, "card_info", lambda: CardInfo("a card", "1.2", 141 * GIB))
+    if name == "stale_bytes":
+        monkeypatch.setattr(script, "attention_backend", lambda: "fa3")
     # Stand-ins have one process, and there are no roles to bind.
     monkeypatch.setattr(script, "share_cores", lambda engines: None, raising=False)
     for reading in ("card_used_mib", "process_mib"):
@@ -504,3 +524,170 @@ def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
     from benchmarks.gpu import tables
 
     assert tables.tables() in tables.PAGE.read_text(), "run python -m benchmarks.gpu.tables"
+
+
+def test_pairs_of_requests_are_drawn_together() -> None:
+    """Each of ours is half of its peer, whatever the request: in pairs that is certain, apart it is not."""
+    peers = [float(value) for value in range(1, 60)]
+    ours = [value / 2 for value in peers]
+    paired = ratio_of_requests(ours, peers, mean, paired=True)
+    apart = ratio_of_requests(ours, peers[:50], mean, paired=False)
+    assert (paired.value, paired.low, paired.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert apart.low < 0.55 < apart.high
+
+
+@pytest.mark.parametrize("block_tokens", [1, 16, 64])
+def test_steps_of_every_block_size_free_all_that_they_took(block_tokens: int, tmp_path: Path) -> None:
+    """As grow.py steps on a card: in SGLang's order of calls, on an allocator that asserts its invariants."""
+    from benchmarks.gpu import grow
+    from tests.engine.elastic_fixture import make_elastic
+
+    elastic = make_elastic(
+        tmp_path, token_bytes=1024, num_tokens=20_000, block_tokens=block_tokens, budget_pages=12
+    )
+    elastic.grow(elastic.pool.pages.num_pages - 1)
+    steps = grow.token_steps if block_tokens == 1 else grow.paged_steps
+    steps(elastic.allocator, 300)
+    elastic.allocator.check()
+    assert elastic.allocator.used_blocks() == 0
+    elastic.ledger.close()
+
+
+class Wisher:
+    """A safe point over a real pool, and a scheduler with one request that decodes: what ``prism_grow`` works on."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from prism_sgl.engine.runtime_memory import RuntimeMemory
+        from prism_sgl.engine.safe_point import SafePoint
+        from tests.engine.elastic_fixture import make_elastic
+
+        self.elastic = make_elastic(
+            folder, token_bytes=32 * 1024, num_tokens=1600, block_tokens=1, budget_pages=24
+        )
+        self.elastic.owner.set_state(RuntimeState.AWAKE)
+        self.asked: list[int] = []
+        self.neighbour = self.elastic.ledger.join("neighbour", floor=0, ceiling=24, priority=0, bell="")
+        memory: Any = SimpleNamespace(
+            owner=self.elastic.owner,
+            ledger=self.elastic.ledger,
+            bell=SimpleNamespace(drain=lambda: None, wait=lambda seconds: None),
+            overhead=SimpleNamespace(look=lambda *, in_a_hurry: None),
+            arrival=None,
+            ask_neighbours=self.asked.append,
+            strangers=SimpleNamespace(look=lambda *_, **__: None),
+        )
+        scheduler = SimpleNamespace(
+            token_to_kv_pool_allocator=self.elastic.allocator,
+            tree_cache=self.elastic.tree,
+            enable_overlap=False,
+            chunked_req=None,
+            waiting_queue=[],
+            max_running_requests=8,
+        )
+        self.point = memory.safe_point = SafePoint(scheduler, memory)
+        monkeypatch.setattr(RuntimeMemory, "_current", memory)
+
+    def turn(self) -> None:
+        self.point._tried_at = 0.0  # as if the pause between two tries were over
+        request = SimpleNamespace(output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=8))
+        running = SimpleNamespace(reqs=[request], batch_is_full=False, is_empty=lambda: False)
+        plan = SimpleNamespace(batch_to_run=object())
+        self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, running, None)
+
+
+def test_a_wish_is_asked_for_and_taken_between_decode_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from benchmarks.gpu import scheduler_side
+
+    caplog.set_level("INFO")
+    wisher = Wisher(tmp_path, monkeypatch)
+    wisher.turn()
+    usable = wisher.elastic.allocator.usable_tokens()
+    assert wisher.neighbour.reserve_up_to(Kind.KV, 1 << 20)
+    scheduler_side._grow(None, 6 * 2 * MIB)
+    wisher.turn()
+    assert wisher.asked == [6]  # granules, and pages of one granule each
+    wisher.neighbour.release(Kind.KV, 2)
+    wisher.turn()
+    assert "grow:" not in caplog.text
+    wisher.neighbour.release(Kind.KV, wisher.neighbour.held(Kind.KV))
+    wisher.turn()
+    assert "grow: 12 MiB more after" in caplog.text and "in 3 turns" in caplog.text
+    assert wisher.elastic.allocator.usable_tokens() >= usable + 6 * 64
+    assert wisher.point._waiting_tokens(SimpleNamespace(reqs=[])) == 0, "the wish is over"
+    wisher.elastic.ledger.close()
+
+
+class StandInHttp:
+    """What eight_models.py asks of the launcher. Token n of an answer is the number of the question + n."""
+
+    def __init__(self, models: list[str]) -> None:
+        self.models = models
+        self.asleep: list[str] = []
+        self.refused = 0  # of the next questions
+        self.fails = False  # every question
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        if path == "/metrics":
+            names = dict.fromkeys(self.asleep)
+            lines = [f'prism_model_sleeps_total{{model="{m}"}} {self.asleep.count(m)}.0' for m in names]
+            return httpx.Response(200, text="\n".join(lines))
+        if path.endswith("/generate"):
+            model = path.split("/")[2]
+            if self.fails:
+                return httpx.Response(503)
+            self.asleep.append(model)
+            return httpx.Response(200, json={"output_ids": json.loads(request.content)["input_ids"][:3]})
+        return httpx.Response(200)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "missed"),
+    [
+        ("", 0, set()),
+        ("nobody sleeps", 1, {"models that slept"}),
+        (
+            "all is lost",
+            1,
+            {"answered of 16", "models that slept", "cold 8B in the running system: first answer"},
+        ),
+        ("wrong", 1, {"answers that differ from the model alone"}),
+    ],
+)
+def test_eight_models_ends_with_1_unless_all_is_well(
+    trouble: str, code: int, missed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu import eight_models
+
+    http = StandInHttp([])
+    real_client, asked = httpx.AsyncClient, 0
+
+    async def ask(client: httpx.AsyncClient, model: str, number: int) -> tuple[list[int], float]:
+        nonlocal asked
+        asked += 1
+        http.fails = trouble == "all is lost" and asked > 16
+        tokens, seconds = await really_ask(client, model, number)
+        if trouble == "nobody sleeps":
+            http.asleep.clear()
+        return [*tokens, asked] if trouble == "wrong" else tokens, seconds
+
+    really_ask = eight_models.ask
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["eight_models", "--requests", "16"])
+    monkeypatch.setattr(eight_models, "ask", ask)
+    monkeypatch.setattr(eight_models, "write_model", lambda *_: None)
+    monkeypatch.setattr(eight_models, "serving", lambda *_: contextlib.nullcontext(1.5))
+    monkeypatch.setattr(
+        eight_models.httpx,
+        "AsyncClient",
+        lambda **kwargs: real_client(**kwargs, transport=httpx.MockTransport(http)),
+    )
+    if code:
+        with pytest.raises(SystemExit, match="1"):
+            eight_models.main()
+    else:
+        eight_models.main()
+    rows = json.loads((tmp_path / "eight_models.json").read_text())["rows"]
+    assert {row["what"] for row in rows if row["met"] is False} == missed

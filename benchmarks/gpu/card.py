@@ -249,3 +249,4 @@ class Neighbour:
         self.give_back()
         self._owner.leave()
         self._ledger.close()
+        self._bell.close()

@@ -14,11 +14,18 @@ class CardHandler(Handler):
     def __init__(self) -> None:
         self._held: list[Any] = []
 
-    def do_context(self) -> list[int]:
-        """Make a CUDA context with one tensor in it, and keep it; returns the process ids."""
+    def do_context(self, small_stacks: bool = False) -> list[int]:
+        """Make a CUDA context with one tensor in it, and keep it; returns the process ids.
+
+        ``small_stacks``: with the stack for each thread that our engines leave it, instead of CUDA's own.
+        """
         import torch
 
         self._held.append(torch.zeros(1, device="cuda"))
+        if small_stacks:
+            from prism_sgl.engine.device import CudaDevice
+
+            self._held.append(CudaDevice())
         torch.cuda.synchronize()
         return process_tree()
 

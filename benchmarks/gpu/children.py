@@ -215,6 +215,18 @@ class Engine(Child):
         self.send_burst(asks, **how)
         return self.receive_burst(timeout_s)
 
+    def greedy(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """Greedy tokens, with nothing cached and one by one: in other batches random weights answer otherwise.
+
+        Raises:
+            ChildError: a request failed.
+        """
+        self.act({"name": "flush_cache"})
+        burst = self.burst(asks, keep_ids=True, one_by_one=True)
+        if burst.errors:
+            raise ChildError(f"{self.name}: {burst.errors[0]}")
+        return burst.ids
+
     def act(self, action: Action, times: int = 1, timeout_s: float = 120.0) -> list[float]:
         result: list[float] = self.call("act", timeout_s, action=action, times=times)
         return result
@@ -222,6 +234,10 @@ class Engine(Child):
     def act_then_generate(self, action: Action, ask: Ask, timeout_s: float = 120.0) -> dict[str, Any]:
         result: dict[str, Any] = self.call("act_then_generate", timeout_s, action=action, ask=asdict(ask))
         return result
+
+    def act_amid(self, action: Action, asks: Sequence[Ask], timeout_s: float = 120.0) -> Burst:
+        """The action as soon as all of these requests decode."""
+        return Burst(**self.call("act_amid", timeout_s, action=action, asks=[asdict(ask) for ask in asks]))
 
     def log_mark(self) -> int:
         return self.log_path.stat().st_size

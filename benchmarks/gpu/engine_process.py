@@ -147,6 +147,23 @@ class EngineHandler(Handler):
         """Seconds of each call."""
         return [self._act(action) for _ in range(times)]
 
+    def do_act_amid(self, action: dict[str, Any], asks: list[dict[str, Any]]) -> dict[str, Any]:
+        """An action (short: it holds the streams up) once all of these requests decode; they go on to their ends."""
+        requests = [Ask(**ask) for ask in asks]
+        prompts = [request.ids() for request in requests]
+        yet_to_begin = len(requests)
+
+        def begun() -> None:
+            nonlocal yet_to_begin
+            yet_to_begin -= 1
+            if not yet_to_begin:
+                self._act(action)
+
+        result: dict[str, Any] = self._run(self._all(requests, prompts, begun=begun))
+        if yet_to_begin:
+            raise RuntimeError(f"{yet_to_begin} requests had no token, so {action['name']} was not done")
+        return result
+
     def do_cycle(self, actions: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         """These actions one after the other, without pause, for so long (the last cycle is completed)."""
         times: list[list[float]] = [[] for _ in actions]
@@ -188,9 +205,10 @@ class EngineHandler(Handler):
         self,
         requests: Sequence[Ask],
         prompts: Sequence[list[int]],
-        keep_ids: bool,
-        one_by_one: bool,
-        at: float,
+        keep_ids: bool = False,
+        one_by_one: bool = False,
+        at: float = 0.0,
+        begun: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         began = max(time.monotonic(), at)
         if one_by_one:
@@ -201,14 +219,24 @@ class EngineHandler(Handler):
         else:
             answers = await asyncio.gather(
                 *(
-                    self._one(request, prompt, began + request.at_s, keep_ids)
+                    self._one(request, prompt, began + request.at_s, keep_ids, begun)
                     for request, prompt in zip(requests, prompts, strict=True)
                 )
             )
         return {"began": began, "wall_s": time.monotonic() - began, "answers": list(answers)}
 
-    async def _one(self, request: Ask, prompt: list[int], due: float, keep_ids: bool) -> dict[str, Any]:
-        """Times from ``due``, when the request should have been sent; ``tpot_s`` is the mean of this answer."""
+    async def _one(
+        self,
+        request: Ask,
+        prompt: list[int],
+        due: float,
+        keep_ids: bool,
+        begun: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Times from ``due``, when the request should have been sent; ``tpot_s`` is the mean of this answer.
+
+        ``begun`` is called at the first token.
+        """
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         sent = time.monotonic()
         first = last = None
@@ -221,7 +249,9 @@ class EngineHandler(Handler):
             async for chunk in stream:
                 last = time.monotonic()
                 if chunk["output_ids"]:
-                    first = last if first is None else first
+                    if first is None:
+                        first = last
+                        begun()
                     ids += chunk["output_ids"]
                 cached = chunk["meta_info"].get("cached_tokens", 0)
             if len(ids) != request.new_tokens:

@@ -3,9 +3,11 @@
     python -m benchmarks.gpu.neighbours [--quick] [--rounds 5]
 
 A is an 8B of ours that decodes 32 requests. In each round it does so undisturbed and beside each of: a process that
-maps and unmaps 8 GiB in pages of 64 MiB, of 2 MiB, and of 1 GiB, one that takes 8 GiB with cudaMalloc and frees them,
-and an 8B of ours that wakes and sleeps; in turn, so that the card's mood hits all alike. Decode speed is tokens a
-second of the batch, from the median time per token, prefill left out.
+maps and unmaps 8 GiB in pages of 128 MiB (the product's), of 64 MiB, of 2 MiB, and of 1 GiB, one that takes 8 GiB with
+cudaMalloc and frees them, and an 8B of ours that wakes and sleeps; in turn, so that the card's mood hits all alike. The
+two without a target (1 GiB, cudaMalloc) have their turn in every third round. Decode speed is tokens a second of the
+batch, from the median time per token, prefill left out. After a load's last round A is asked what it was asked before
+the first: the same answers, one by one, with nothing cached.
 
 The driver overwrites memory that is given back before anybody gets it, and that takes bandwidth from everybody: so each
 row also has what it costs per 100 GiB/s given back, whoever gives. Device time: about 3 minutes with the model in
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu.card import Card
+from benchmarks.gpu.card import PAGE_BYTES, Card
 from benchmarks.gpu.children import SLEEP, WAKE_AND_WAIT, Child, Engine
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.models import ensure_models
@@ -33,6 +35,7 @@ BATCH, PROMPT, NEW = 32, 64, 200
 CHURN_BYTES = 8 * GIB
 WEIGHTS_BYTES = 15 * GIB  # of an 8B
 LEAD_S = 0.3  # the neighbour is well under way before A starts
+QUESTIONS = [Ask(seed=1 + n, tokens=tokens, new_tokens=16) for n, tokens in enumerate((6, 50, 400))]
 
 
 @dataclass
@@ -44,6 +47,9 @@ class Load:
     begin: Callable[[float], None]
     cycle_bytes: int  # given back each time
     limit: float | None = 0.05
+
+    def has_turn(self, number: int) -> bool:
+        return self.limit is not None or number % 3 == 0
 
 
 def churn(child: Child, pages: str, page_bytes: int, limit: float | None = 0.05) -> Load:
@@ -71,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         one.wait()
         cycle = [SLEEP, WAKE_AND_WAIT]
         loads = [
+            churn(churner, f"{PAGE_BYTES // MIB} MiB", PAGE_BYTES),
             churn(churner, "64 MiB", 64 * MIB),
             churn(churner, "2 MiB", 2 * MIB),
             churn(churner, "1 GiB", GIB, limit=None),
@@ -102,9 +109,13 @@ def run(args: argparse.Namespace) -> None:
         quiet: dict[str, list[float]] = {load.what: [] for load in loads}
         beside: dict[str, list[float]] = {load.what: [] for load in loads}
         pace: dict[str, list[float]] = {load.what: [] for load in loads}
+        undisturbed = one.greedy(QUESTIONS)
+        unchanged: dict[str, bool] = {}
         seed = 100_000
         for number in range(args.rounds):
             for load in loads:
+                if not load.has_turn(number):
+                    continue
                 with results.attempt(f"round {number}, {load.what}"):
                     alone = decode_rate(one, seed)
                     load.begin(LEAD_S + busy_s)
@@ -113,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
                         disturbed = decode_rate(one, seed + 1000)
                     finally:
                         ended = load.child.receive()
+                    if not any(load.has_turn(later) for later in range(number + 1, args.rounds)):
+                        unchanged[load.what] = one.greedy(QUESTIONS) == undisturbed
                     quiet[load.what].append(alone)
                     beside[load.what].append(disturbed)
                     pace[load.what].append(ended["cycles"] / ended["seconds"])
@@ -146,6 +159,16 @@ def run(args: argparse.Namespace) -> None:
                     None,
                     "%",
                 )
+        changed = [load.what for load in loads if not unchanged.get(load.what)]
+        results.add(
+            "loads after which A's greedy answers are what they were",
+            float(len(loads) - len(changed)),
+            float(len(loads)),
+            "loads",
+            target="all",
+            met=not changed,
+            note=f"other answers, or none, after: {'; '.join(changed)}" if changed else "",
+        )
 
 
 def main() -> None:

@@ -1,29 +1,32 @@
-"""8 GiB from one engine to another: from the request to KV that can be used.
+"""8 GiB from one engine to another that is busy: from the request to KV that can be used.
 
     python -m benchmarks.gpu.share [--quick] [--rounds 5]
 
-Ours only: two 8B and two 1B runtimes in one ledger whose budget is smaller than what they would like. First an 8B asks
-while the other is idle, its prefix cache full and fragmented by requests of many lengths that decoded side by side;
-then while that one decodes; then all three neighbours are full and idle. Between rounds the requester gives its KV
-back (it sleeps with its weights in place, and wakes) and the victims fill up again. Device time: about 3 minutes with
-the models in /dev/shm (80 s of them start-up); needs 62 GiB of card memory.
+Ours only: two 8B and two 1B runtimes in one ledger whose budget is smaller than what they would like. An 8B asks while
+it decodes 12 requests of its own: first an idle victim whose prefix cache is full and fragmented by requests of many
+lengths that decoded side by side; then one that decodes; then one whose running requests hold so much that some must be
+sent back; then three idle neighbours with full caches. Between rounds the requester gives its KV back (it sleeps with
+its weights in place, and wakes) and the victims fill up again. Device time: about 3.4 minutes with the models in
+/dev/shm (80 s of them start-up); needs 62 GiB of card memory.
 
-The requester asks by ``prism_grow`` (scheduler_side.py), which returns when so many bytes of KV more are usable than at
-its begin. Timed around that rpc, less an rpc that does nothing. A requester that asks a decoding neighbour has a
-floor above what it asks for (``prism_quota``), or fairness would give it half only.
+The requester asks by ``prism_grow`` (scheduler_side.py): as for a request that waits, at its safe points between decode
+steps. The time is its scheduler's, from the arrival of that call to the last of 8 GiB mapped beside what was free. A
+requester that asks a decoding neighbour has a floor above what it asks for (``prism_quota``), or fairness would give it
+half only; the notes say so. After each kind of round requester and victim are asked what they were asked before all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.gpu.card import Card
-from benchmarks.gpu.children import EMPTY_RPC, SLEEP_KEEPING_WEIGHTS, WAKE_AND_WAIT, Action, Burst, Engine
+from benchmarks.gpu.children import SLEEP_KEEPING_WEIGHTS, WAKE_AND_WAIT, Action, Burst, Engine
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.models import ensure_models
 from benchmarks.gpu.nvml import GIB, MIB
@@ -32,8 +35,14 @@ from benchmarks.gpu.session import bounded, open_results, say
 from prism_sgl.units import GRANULE_BYTES
 
 MOVED_BYTES = 8 * GIB
+TOKENS_OF_GIB = GIB / (128 * 1024)  # an 8B's
+RIGHTFUL_FLOOR_BYTES = MOVED_BYTES + 2 * GIB  # of a requester that asks a busy neighbour
+SENT_BACK_ROUNDS = 2
+QUESTIONS = [Ask(seed=1 + n, tokens=tokens, new_tokens=24) for n, tokens in enumerate((6, 50, 400, 2000))]
 GAVE = r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms, lost (\d+) cached tokens"
 RETRACTED = r"reclaim: (\d+) running requests wait again"
+GREW = r"grow: \d+ MiB more after ([\d.]+) ms"  # scheduler_side.py
+PREFILLED = r"Prefill batch.*?#new-token: (\d+)"  # SGLang's, of each prefill
 
 
 @dataclass
@@ -45,6 +54,8 @@ class Moves:
     given_in_ms: list[str] = field(default_factory=list)  # the victims' own words
     lost_tokens: float = 0
     retracted: int = 0
+    again_tokens: int = 0  # prefilled a second time by requests that were sent back
+    floor_bytes: int = 0  # the requester's, when it asked
     requests: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -57,6 +68,11 @@ def grow(size_bytes: int) -> Action:
     return {"name": "prism_grow", "args": {"size_bytes": size_bytes}}
 
 
+def work(seed: int) -> list[Ask]:
+    """What keeps the requester busy: all of it fits into what it has after a wake, so it asks nobody for this."""
+    return [Ask(seed + n, 64, 96) for n in range(12)]
+
+
 def quota(floor_bytes: int, ceiling_bytes: int) -> Action:
     return {"name": "prism_quota", "args": {"floor_bytes": floor_bytes, "ceiling_bytes": ceiling_bytes}}
 
@@ -65,13 +81,17 @@ def free_bytes(card: Card) -> int:
     return card.ledger.totals().free * GRANULE_BYTES
 
 
+def give_back(requester: Engine) -> None:
+    """A victim would rather evict its own cache than ask an idle neighbour, so the requester does it by itself."""
+    requester.act(SLEEP_KEEPING_WEIGHTS)
+    requester.act(WAKE_AND_WAIT)
+
+
 def fill(
     card: Card, requester: Engine, victims: Sequence[Engine], seed: int, moves: Moves, *, extra: int = 1
 ) -> int:
     """Requests of many lengths until the card has nothing free, and ``extra`` bursts more; returns the next seed."""
-    # A victim would rather evict its own cache than ask an idle neighbour, so the requester gives back by itself.
-    requester.act(SLEEP_KEEPING_WEIGHTS)
-    requester.act(WAKE_AND_WAIT)
+    give_back(requester)
     for turn in range(16):
         full = free_bytes(card) < 256 * MIB
         if full and not extra:
@@ -93,12 +113,18 @@ def held(card: Card) -> str:
     return ", ".join(f"{o.name.split('@')[0]} {o.kv * 2 / 1024:.1f} GiB of KV" for o in owners)
 
 
-def move_once(card: Card, requester: Engine, victims: Sequence[Engine], moves: Moves, empty_s: float) -> None:
+def move_once(card: Card, requester: Engine, victims: Sequence[Engine], moves: Moves, seed: int) -> None:
+    """``seed``: of what the requester decodes meanwhile."""
     say(f"before: {held(card)}")
-    marks = [victim.log_mark() for victim in victims]
-    wanted = free_bytes(card) + MOVED_BYTES
-    seconds = requester.act(grow(wanted))[0] - empty_s
-    time.sleep(0.1)  # the victim writes its log line after it has given
+    moves.floor_bytes = next(
+        o.floor * GRANULE_BYTES for o in card.ledger.owners() if o.name.startswith(f"{requester.name}@")
+    )
+    mark, marks = requester.log_mark(), [victim.log_mark() for victim in victims]
+    moves.count(requester.act_amid(grow(MOVED_BYTES), work(seed)))
+    came = requester.log_matches(GREW, mark, wait_s=6.0)
+    if not came:
+        raise RuntimeError("the memory did not come")
+    seconds = float(came[-1][0]) / 1e3
     for victim, mark in zip(victims, marks, strict=True):
         for gave, took, lost in victim.log_matches(GAVE, mark, wait_s=0.1):
             moves.gave_mib += float(gave)
@@ -109,8 +135,12 @@ def move_once(card: Card, requester: Engine, victims: Sequence[Engine], moves: M
     say(f"after {seconds * 1e3:.1f} ms: {held(card)}")
 
 
-def report(results: Results, what: str, moves: Moves, limit_s: float) -> None:
+def report(
+    results: Results, what: str, moves: Moves, limit_s: float, unchanged: tuple[int, int], note: str = ""
+) -> None:
+    """``unchanged``: greedy answers that are what they were before all reclaims, of how many."""
     middle = statistics.median(moves.seconds)
+    side = "above" if moves.floor_bytes >= MOVED_BYTES else "below"
     results.add(
         f"{what}: 8 GiB, request to usable KV, median of {len(moves.seconds)}",
         middle * 1e3,
@@ -120,13 +150,14 @@ def report(results: Results, what: str, moves: Moves, limit_s: float) -> None:
         met=middle < limit_s,
         note="all: "
         + " ".join(f"{s * 1e3:.1f}" for s in moves.seconds)
-        + f"; in the victims: {' '.join(moves.given_in_ms)}",
+        + f"; in the victims: {' '.join(moves.given_in_ms)}; the requester decodes {len(work(0))} requests, its floor "
+        f"of {moves.floor_bytes / GIB:.1f} GiB is {side} what it asks for{note}",
     )
     gave_gib = moves.gave_mib / 1024
     results.add(
         f"{what}: cached tokens lost per GiB given",
         moves.lost_tokens / gave_gib if gave_gib else None,
-        GIB / (128 * 1024),
+        TOKENS_OF_GIB,
         "tokens/GiB",
         note=f"{moves.lost_tokens:.0f} tokens for {gave_gib:.1f} GiB, peer: tokens that a GiB of an 8B holds; "
         f"{moves.retracted} running requests were sent back to the queue",
@@ -140,20 +171,69 @@ def report(results: Results, what: str, moves: Moves, limit_s: float) -> None:
         met=not moves.failures,
         note=moves.failures[0] if moves.failures else "",
     )
+    same, asked = unchanged
+    results.add(
+        f"{what}: greedy answers unchanged after reclaim",
+        float(same),
+        float(asked),
+        "answers",
+        target="all",
+        met=same == asked,
+        note="of requester and victim; peer: all",
+    )
 
 
-def decode_while_asked(
-    card: Card, requester: Engine, victim: Engine, seed: int, moves: Moves, empty_s: float
-) -> None:
-    """A long decode of the victim; half a second into it the requester asks, by right of its floor."""
-    requester.act(quota(MOVED_BYTES + 2 * GIB, card.budget_bytes))
-    victim.send_burst([Ask(seed + n, 256, 400) for n in range(32)])
+def report_sent_back(results: Results, what: str, moves: Moves) -> None:
+    results.add(
+        f"{what}: running requests sent back",
+        float(moves.retracted),
+        None,
+        f"in {len(moves.seconds)} rounds",
+        target="> 0, or nothing is shown",
+        met=moves.retracted > 0,
+    )
+    gave_gib = moves.gave_mib / 1024
+    results.add(
+        f"{what}: tokens prefilled again per GiB given",
+        moves.again_tokens / gave_gib if gave_gib else None,
+        TOKENS_OF_GIB,
+        "tokens/GiB",
+        note=f"{moves.again_tokens} tokens; peer: tokens that a GiB of an 8B holds",
+    )
+
+
+@contextlib.contextmanager
+def right_to(card: Card, requester: Engine) -> Iterator[None]:
+    """What the requester asks for lies below its floor meanwhile."""
+    requester.act(quota(RIGHTFUL_FLOOR_BYTES, card.budget_bytes))
     try:
-        time.sleep(1.0)
-        move_once(card, requester, [victim], moves, empty_s)
+        yield
+    finally:
+        requester.act(quota(GIB // 2, card.budget_bytes))
+
+
+def prefilled(victim: Engine, since: int) -> int:
+    """Tokens that it has prefilled, by its log."""
+    return sum(int(tokens) for (tokens,) in victim.log_matches(PREFILLED, since, wait_s=0))
+
+
+def ask_amid(card: Card, requester: Engine, victim: Engine, asks: list[Ask], seed: int, moves: Moves) -> None:
+    """The requester asks once the victim has prefilled all of these, by right of its floor."""
+    begin = victim.log_mark()
+    victim.send_burst(asks)
+    try:
+        deadline = time.monotonic() + 20
+        # The first tokens of a prompt may happen to be cached.
+        while prefilled(victim, begin) < 0.99 * sum(ask.tokens for ask in asks):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the victim has not prefilled {len(asks)} requests within 20 s")
+            time.sleep(0.02)
+        decoding = victim.log_mark()
+        with right_to(card, requester):
+            move_once(card, requester, [victim], moves, seed)
     finally:
         moves.count(victim.receive_burst())
-        requester.act(quota(GIB // 2, card.budget_bytes))
+    moves.again_tokens += prefilled(victim, decoding)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,24 +249,48 @@ def run(args: argparse.Namespace) -> None:
                 engine.wait()
         if not requester.is_ready or not victim.is_ready:
             return
-        empty_s = statistics.median(requester.act(EMPTY_RPC, 30))
-        results.add("an rpc that does nothing (subtracted below)", empty_s * 1e3, None, "ms")
+        before = {engine.name: engine.greedy(QUESTIONS) for engine in (requester, victim)}
+
+        def unchanged() -> tuple[int, int]:
+            pairs = [
+                pair
+                for engine in (requester, victim)
+                for pair in zip(before[engine.name], engine.greedy(QUESTIONS), strict=True)
+            ]
+            return sum(old == new for old, new in pairs), len(pairs)
+
         seed = 1_000_000
         what = "two 8B, idle victim with a full, fragmented cache"
         with results.attempt(what):
             moves = Moves()
             for _ in range(args.rounds):
                 seed = fill(card, requester, [victim], seed, moves)
-                move_once(card, requester, [victim], moves, empty_s)
-            report(results, what, moves, 0.030)
+                move_once(card, requester, [victim], moves, seed)
+                seed += 1000
+            report(results, what, moves, 0.030, unchanged())
         what = "two 8B, victim decodes 32 requests"
         with results.attempt(what):
             moves = Moves()
             for _ in range(max(2, args.rounds - 2)):
                 seed = fill(card, requester, [victim], seed, moves, extra=0)
-                decode_while_asked(card, requester, victim, seed, moves, empty_s)
+                asks = [Ask(seed + n, 256, 400) for n in range(32)]
+                ask_amid(card, requester, victim, asks, seed + 500, moves)
                 seed += 1000
-            report(results, what, moves, 0.100)
+            report(results, what, moves, 0.100, unchanged())
+        what = "two 8B, victim decodes and must send requests back"
+        with results.attempt(what):
+            moves = Moves()
+            for _ in range(SENT_BACK_ROUNDS):
+                give_back(requester)
+                # 13.8 GiB in use of about 16: 8 GiB less leave the victim room for little more than half of them.
+                asks = [Ask(seed + n, 2500, 200) for n in range(42)]
+                ask_amid(card, requester, victim, asks, seed + 500, moves)
+                seed += 1000
+            note = (
+                "; the victim has 0.25 s before it must send requests back (runtime_memory.TARGET_DEADLINE_S)"
+            )
+            report(results, what, moves, 0.100, unchanged(), note)
+            report_sent_back(results, what, moves)
         victims = [victim, *(engine for engine in small if engine.is_ready)]
         what = "two 8B and two 1B, three idle victims with full caches"
         if len(victims) > 1:
@@ -194,8 +298,9 @@ def run(args: argparse.Namespace) -> None:
                 moves = Moves()
                 for _ in range(max(2, args.rounds - 2)):
                     seed = fill(card, requester, victims, seed, moves)
-                    move_once(card, requester, victims, moves, empty_s)
-                report(results, what, moves, 0.030)
+                    move_once(card, requester, victims, moves, seed)
+                    seed += 1000
+                report(results, what, moves, 0.030, unchanged())
 
 
 def main() -> None:

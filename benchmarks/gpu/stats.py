@@ -47,6 +47,27 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(quantile(share)(np.asarray(values)))
 
 
+def ratio_of_requests(
+    ours: Sequence[float], peers: Sequence[float], statistic: Statistic, *, paired: bool
+) -> Ratio:
+    """``statistic`` of our requests over that of the peer's, one run of each.
+
+    Bootstrap over requests: in pairs where sample n of both is the same request, else each side by itself. Requests of
+    one run wait for each other, so this says how far single requests decide, and not what another day would bring.
+    """
+    if paired:
+        return ratio_of_rounds([[value] for value in ours], [[value] for value in peers], statistic)
+    dice = np.random.default_rng(1)
+    sides = [np.asarray(side, dtype=np.float64) for side in (ours, peers)]
+    drawn = [statistic(side[dice.integers(len(side), size=(_RESAMPLES, len(side)))]) for side in sides]
+    ratios = drawn[0] / drawn[1]
+    return Ratio(
+        value=float(statistic(sides[0]) / statistic(sides[1])),
+        low=float(np.quantile(ratios, 0.025)),
+        high=float(np.quantile(ratios, 0.975)),
+    )
+
+
 def ratio_of_rounds(
     ours: npt.ArrayLike, peers: npt.ArrayLike, statistic: Statistic, *, seed: int = 1
 ) -> Ratio:

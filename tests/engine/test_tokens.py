@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from prism_sgl.allocator.ledger import Kind
 from tests.engine.reference import greedy, greedy_batch, tokens_of
 from tests.engine.system import System, cpu_seconds, wait_for
 
@@ -118,6 +119,28 @@ def test_an_idle_engine_sleeps_even_after_its_bell_has_rung(system: System) -> N
     system.generate("code", long_prompt(61, 40), 24)
     used_s, took_s = cpu_seconds(scheduler) - before_s, time.monotonic() - began
     assert used_s < 0.25 * took_s, f"{used_s:.2f} s of CPU in {took_s:.2f} s"
+
+
+def test_an_idle_engine_answers_a_neighbour_at_once(system: System) -> None:
+    """Each sleeps in a poll of a second, which the neighbour's bell ends."""
+    with ThreadPoolExecutor(4) as pool:  # more KV than chat's floor
+        list(pool.map(lambda n: system.generate("chat", long_prompt(65 + n, 200), 4), range(4)))
+    waited_s = []
+    with system.ledger("host0") as ledger:
+        # Below its floor, so that it has a right to what it asks for.
+        neighbour = ledger.join("neighbour", floor=ledger.budget, ceiling=ledger.budget, priority=0, bell="")
+        try:
+            assert neighbour.try_reserve(Kind.KV, ledger.totals().free)
+            for _ in range(4):
+                time.sleep(0.1)  # it is in its poll again
+                began = time.monotonic()
+                assert neighbour.post_targets(1, 5.0), "chat and code are idle and above their floors"
+                wait_for("a granule", lambda: neighbour.try_reserve(Kind.KV, 1), every_s=0.001)
+                waited_s.append(time.monotonic() - began)
+        finally:
+            neighbour.release(Kind.KV, neighbour.held(Kind.KV))
+            neighbour.leave()
+    assert sum(waited_s) < 1.0, f"two seconds are to be expected of polls alone; this took {waited_s}"
 
 
 def test_shortage_retracts_and_loses_nothing(system: System) -> None:

@@ -1,4 +1,4 @@
-"""An elastic engine answers as plain SGLang does: alone, after sleep and wake in every degree, far out in its range."""
+"""An elastic engine answers as plain SGLang does: after sleep, wake and reclaim, in a batch, far out in its range."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from benchmarks.gpu.card import Neighbour
-from benchmarks.gpu.children import SLEEP, SLEEP_KEEPING_WEIGHTS, WAKE, WAKE_AND_WAIT
+from benchmarks.gpu.children import SLEEP, SLEEP_KEEPING_WEIGHTS, WAKE, WAKE_AND_WAIT, Engine
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.nvml import GIB
-from tests.gpu.conftest import Pair, answers
+from prism_sgl.units import GRANULE_BYTES
+from tests.gpu.conftest import KV_BYTES, Pair, answers
 
 # Fills what is free of the card with NaN, page by page like an engine's KV, and gives it back.
 POISON = """
@@ -68,16 +69,62 @@ def test_a_sleeper_gives_only_what_a_neighbour_needs(pair: Pair) -> None:
     before = answers(pair.ours)
     weights = pair.held()["weights"]
     pair.ours.act(SLEEP_KEEPING_WEIGHTS)
-    neighbour = Neighbour(pair.card)
+    neighbour = Neighbour(pair.card, "sleepers-neighbour")
     neighbour.take(neighbour.free_bytes() + GIB)
     left = pair.held()["weights"]
-    assert 0 < weights - left <= GIB // (2 << 20) + 64, "one GiB was wanted, in pages of 128 MiB"
-    neighbour.give_back()
+    assert 0 < weights - left <= GIB // GRANULE_BYTES + 64, "one GiB was wanted, in pages of 128 MiB"
+    neighbour.close()
     pair.ours.act(WAKE)
     assert answers(pair.ours) == before
 
 
-def test_poisoned_memory_reaches_no_answer(pair: Pair) -> None:
+@pytest.mark.parametrize("pair", ["fa3", "fa3-blocks-fp8kv", "triton-blocks"], indirect=True)
+def test_a_live_engine_answers_the_same_after_it_gave_kv_away(pair: Pair) -> None:
+    """A neighbour takes pages that held its prefix cache, while it is awake: nothing of them may be read again."""
+    before = answers(pair.ours)
+    fill = [Ask(seed=7000 + n, tokens=3000, new_tokens=8) for n in range(20)]
+    assert not pair.ours.burst(fill).errors
+    held = pair.held()["kv"]
+    wanted = GIB // 2 // GRANULE_BYTES
+    neighbour = Neighbour(pair.card, f"neighbour-of-{pair.ours.name}")
+    try:
+        size_bytes = neighbour.free_bytes() + (pair.others_can_give() + wanted) * GRANULE_BYTES
+        assert neighbour.take(size_bytes) is not None, "the memory did not come"
+        assert pair.held()["kv"] <= held - wanted // 2, "others may give a page more than they were asked for"
+        # With what it has left; what is still cached of these prompts is read, what is not is made anew.
+        assert not pair.ours.burst(fill).errors
+        assert answers(pair.ours) == before
+    finally:
+        neighbour.close()
+    assert answers(pair.ours) == before
+
+
+def together(engine: Engine) -> list[list[int]]:
+    """Greedy tokens of eight requests at once behind one cached prefix: decoded by the CUDA graph of eight."""
+    engine.act({"name": "flush_cache"})
+    prefix = {"prefix_seed": 42, "prefix_tokens": 512}
+    assert not engine.burst([Ask(seed=8000, tokens=5, new_tokens=1, **prefix)]).errors
+    asks = [Ask(seed=8001 + n, tokens=20 + 7 * n, new_tokens=32, **prefix) for n in range(8)]
+    burst = engine.burst(asks, keep_ids=True)
+    assert not burst.errors
+    assert all(answer["cached"] >= 512 for answer in burst.answers)
+    return burst.ids
+
+
+def test_a_batch_behind_a_shared_prefix_is_answered(pair: Pair) -> None:
+    """As plain SGLang answers, where that answers the same twice: how requests fall into prefills decides roundings."""
+    stock, again = together(pair.stock), together(pair.stock)
+    ours = together(pair.ours)
+    if stock == again:
+        # A prefill takes what has arrived, so one that fell apart is tried again. What is broken is never equal.
+        assert ours == stock or any(together(pair.ours) == stock for _ in range(3))
+
+
+def test_memory_that_others_filled_with_nan_reaches_no_answer(pair: Pair) -> None:
+    """While it sleeps all that is free of the card is filled with NaN: the driver scrubs it, or the arena fills it.
+
+    It does not show that kernels leave unwritten rows of a page alone: benchmarks/gpu/stale_bytes.py measures that.
+    """
     before = answers(pair.ours)
     pair.ours.act(SLEEP)
     subprocess.run([sys.executable, "-c", POISON], check=True, timeout=120)
@@ -106,13 +153,16 @@ def test_memory_taken_outside_the_ledger_is_waited_for(pair: Pair) -> None:
     assert answers(pair.ours) == before
 
 
-@pytest.mark.parametrize("pair", ["fa3"], indirect=True)
+@pytest.mark.parametrize("pair", [*KV_BYTES], indirect=True)
 def test_slots_beyond_int32_elements(pair: Pair) -> None:
     """A full prefix cache holds the low slots; new prompts lie beyond 2^31 numbers from the arena's begin."""
     pair.ours.act({"name": "flush_cache"})
-    fill = [Ask(seed=5000 + n, tokens=3900, new_tokens=1) for n in range(36)]
+    # Whole blocks of 64 or less, so that no rest of one comes free. A block more for each answer may, 2,560 tokens in
+    # all: the last of the fresh prompts below does not fit into those, whichever of them the others took.
+    fill = [Ask(seed=5000 + n, tokens=3904, new_tokens=1) for n in range(40)]
     assert not pair.ours.burst(fill).errors
-    assert pair.held()["kv"] * (2 << 20) > 131_072 * 32_768
+    token_bytes = 16_384 * (1 if "fp8kv" in pair.ours.name else 2)
+    assert pair.held()["kv"] * GRANULE_BYTES > (131_072 + 8_192) * token_bytes
     # Nothing of them is cached at either: a prefill in one piece, and one behind a cached prefix, round differently.
     fresh = [Ask(seed=6000 + n, tokens=tokens, new_tokens=24) for n, tokens in enumerate((3, 60, 700, 3000))]
     ours, stock = (engine.burst(fresh, keep_ids=True, one_by_one=True) for engine in (pair.ours, pair.stock))
