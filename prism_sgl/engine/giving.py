@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
@@ -27,6 +28,23 @@ log = logging.getLogger(__name__)
 # Looking for what can be given waits for the device. While a target is not met, that is worth it so often.
 _LOOK_AGAIN_S = 0.02
 _LONGEST_REST = int(CLIP_MAX_NEW_TOKENS)
+
+
+@dataclass
+class Given:
+    """What one turn gave, and when it had last chosen and unmapped something (monotonic seconds; 0: nothing yet)."""
+
+    pages: int = 0
+    lost_tokens: int = 0
+    chosen_at: float = 0.0
+    unmapped_at: float = 0.0
+
+    def __iadd__(self, more: Given) -> Given:
+        self.pages += more.pages
+        self.lost_tokens += more.lost_tokens
+        self.chosen_at = max(self.chosen_at, more.chosen_at)
+        self.unmapped_at = max(self.unmapped_at, more.unmapped_at)
+        return self
 
 
 class Giving:
@@ -70,13 +88,16 @@ class Giving:
         if self.owes and seq == target.seq and now - looked_at < _LOOK_AGAIN_S:
             return
         self._looked_at = target.seq, now
-        given, lost = self._give(target, running, last)
-        if given:
+        given = self._give(target, running, last)
+        if given.pages:
             log.info(
-                "reclaim: gave %d MiB back to neighbours in %.1f ms, lost %d cached tokens, keeps %d MiB of KV",
-                given * self.allocator.elastic.pages.page_bytes >> 20,
+                "reclaim: gave %d MiB back to neighbours in %.1f ms (chosen after %.1f, unmapped after %.1f), "
+                "lost %d cached tokens, keeps %d MiB of KV",
+                given.pages * self.allocator.elastic.pages.page_bytes >> 20,
                 (time.monotonic() - now) * 1e3,
-                lost,
+                (given.chosen_at - now) * 1e3,
+                (given.unmapped_at - now) * 1e3,
+                given.lost_tokens,
                 self.allocator.elastic.mapped_bytes >> 20,
             )
         if self._excess_pages(target.granules) <= 0 or not self.memory.owner.is_target_wanted():
@@ -92,8 +113,7 @@ class Giving:
                 if batch is not None:
                     batch.batch_is_full = False
 
-    def _give(self, target: Target, running: Any, last: Any) -> tuple[int, int]:
-        """(pages given, cached tokens lost)"""
+    def _give(self, target: Target, running: Any, last: Any) -> Given:
         if self.scheduler.enable_overlap:
             # The forward in flight still writes slots that were freed meanwhile (facts 4.2).
             self.scheduler.forward_stream.synchronize()
@@ -101,22 +121,31 @@ class Giving:
             last is not None and last is not running and last.forward_mode.is_extend() and not last.is_empty()
         )
         requests = [*running.reqs, *last.reqs] if merging else running.reqs
-        given, lost = self._give_pages(target, requests)
+        given = self._give_pages(target, requests)
         if self._excess_pages(target.enforced) > 0 and target.overdue(time.monotonic_ns()) and not merging:
             # Requests of a batch that is yet to be merged would keep the pages; in the next turn they are all in one.
-            more, dropped = self._retract_to(target, running)
-            given, lost = given + more, lost + dropped
-        return given, lost
+            given += self._retract_to(target, running)
+        return given
 
-    def _give_pages(self, target: Target, requests: Iterable[Any]) -> tuple[int, int]:
+    def _give_pages(self, target: Target, requests: Iterable[Any]) -> Given:
         allowed = self._pages_to_give(target, requests)
         used = self.allocator.used_per_page()
-        given = self.allocator.drop_pages(self.allocator.empty_pages(used)[:allowed])
+        pages = self.allocator.empty_pages(used)[:allowed]
         cached = self.tree.evictable_size()
-        if given < allowed and cached > 0:
-            eviction = Eviction(self.tree, self.allocator, used, allowed - given)
-            given += self.allocator.drop_pages(eviction.pages[: allowed - given], eviction.carry_out)
-        return given, cached - self.tree.evictable_size()
+        eviction = None
+        if len(pages) < allowed and cached > 0:
+            eviction = Eviction(self.tree, self.allocator, used, allowed - len(pages))
+            pages += eviction.pages[: allowed - len(pages)]
+        given = Given(chosen_at=time.monotonic())
+
+        def let_go() -> None:
+            given.unmapped_at = time.monotonic()
+            if eviction is not None:
+                eviction.carry_out()
+
+        given.pages = self.allocator.drop_pages(pages, let_go)
+        given.lost_tokens = cached - self.tree.evictable_size()
+        return given
 
     def _pages_to_give(self, target: Target, requests: Iterable[Any]) -> int:
         """What is asked for, as far as these requests can end without it, and by right as far as it is not used.
@@ -145,30 +174,34 @@ class Giving:
         excess = self.memory.owner.held(Kind.KV) - granules
         return math.ceil(excess * GRANULE_BYTES / self.allocator.elastic.pages.page_bytes)
 
-    def _retract_to(self, target: Target, batch: Any) -> tuple[int, int]:
+    def _retract_to(self, target: Target, batch: Any) -> Given:
         """Send running requests back to the queue, youngest answers first, until what is enforced is given.
 
         They lose nothing but time: SGLang prefills prompt and answer so far again (schedule_batch.py:2734).
         One stays: the floor is at least one request of full length.
         """
+        given = Given()
         if batch.is_empty():
-            return 0, 0
+            return given
         batch.filter_batch()
         keep = batch._get_decode_retraction_order(batch.reqs, self.scheduler.server_args)
         retracted = []
-        given = lost = 0
-        while len(keep) > 1 and self._excess_pages(target.enforced) > 0:
-            index = keep.pop()
-            retracted.append(batch.reqs[index])
-            batch.release_req(index, len(keep), self.scheduler.server_args)
-            more, dropped = self._give_pages(target, [batch.reqs[index] for index in keep])
-            given, lost = given + more, lost + dropped
+        # As many at once as hold what is missing, for each look at what has come free waits for the device.
+        while len(keep) > 1 and (excess := self._excess_pages(target.enforced)) > 0:
+            missing = excess * self.allocator.page_tokens
+            while len(keep) > 1 and missing > 0:
+                index = keep.pop()
+                request = batch.reqs[index]
+                retracted.append(request)
+                missing -= len(request.origin_input_ids) + len(request.output_ids)
+                batch.release_req(index, len(keep), self.scheduler.server_args)
+            given += self._give_pages(target, [batch.reqs[index] for index in keep])
         if retracted:
             batch.filter_batch(keep_indices=keep)
             for request in retracted:
                 self.scheduler._add_request_to_queue(request, is_retracted=True)
             log.info("reclaim: %d running requests wait again", len(retracted))
-        return given, lost
+        return given
 
 
 def answers_tokens(requests: Iterable[Any]) -> int:

@@ -124,7 +124,7 @@ class ElasticBlocks:
         return len(self.free_pages) + len(self.release_pages) > _SORT_WHEN_FREE * self.usable_blocks
 
     def used_per_page(self) -> npt.NDArray[np.int64]:
-        """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used. Syncs with the device.
+        """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used. It waits for the card.
 
         Counted there: the lists hold as many numbers as there are tokens, the answer one a page.
         """
@@ -134,8 +134,11 @@ class ElasticBlocks:
         if pages.is_mapped(pages.num_pages - 1):
             usable[-1] = len(pages.blocks_of(range(pages.num_pages - 1, pages.num_pages)))
         free = self.layout.pages(torch.cat((self.free_pages, self.release_pages)))
-        free_per_page: npt.NDArray[np.int64] = torch.bincount(free, minlength=pages.num_pages).cpu().numpy()
-        return usable - free_per_page
+        # Not bincount, which waits for the device to learn the largest number.
+        free_per_page = torch.zeros(pages.num_pages, dtype=torch.int64, device=self.device)
+        free_per_page.scatter_add_(0, free, torch.ones_like(free))
+        counted: npt.NDArray[np.int64] = free_per_page.cpu().numpy()
+        return usable - counted
 
     def empty_pages(self, used: npt.NDArray[np.int64] | None = None) -> list[int]:
         """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back.

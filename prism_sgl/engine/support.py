@@ -44,6 +44,11 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("prefill_only_disable_kv_cache", (False,), "an engine without a KV cache"),
     ("enable_hisparse", (False,), "sparse host caches"),
     ("kv_canary", ("none",), "the KV canary: its rows lie beside every slot, outside the lease"),
+    (
+        "enable_two_batch_overlap",
+        (False,),
+        "two-batch overlap: its layers would not wait for their weights in a wake",
+    ),
     ("tokenizer_worker_num", (1,), "several tokenizer workers: the app runs inside our worker"),
 )
 # Attention kernels that have been run on mapped pages, by SGLang's name of the device.

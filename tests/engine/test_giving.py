@@ -24,6 +24,7 @@ class Request:
 
     def __init__(self, slots: torch.Tensor, rest: int) -> None:
         self.slots = slots
+        self.origin_input_ids = range(len(slots))
         self.output_ids: list[int] = []
         self.sampling_params = SimpleNamespace(max_new_tokens=rest, ignore_eos=True)
 
@@ -189,3 +190,49 @@ def test_an_idle_victim_gives_its_cache(victim: Victim) -> None:
     asker.post_targets(NUM_PAGES, 60.0)
     victim.safe_point()
     assert victim.pages == 1 and not victim.giving.owes
+
+
+def test_many_are_sent_back_with_few_looks_at_the_device(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [victim.run(PAGE_TOKENS, 0) for _ in range(NUM_PAGES)]
+    looks: list[int] = []
+    really_look = victim.elastic.allocator.used_per_page
+
+    def look() -> object:
+        looks.append(1)
+        return really_look()
+
+    monkeypatch.setattr(victim.elastic.allocator, "used_per_page", look)
+    ask_in_vain(neighbour(victim.elastic.ledger, floor=12), 12)
+    victim.safe_point()
+    assert not victim.giving.owes and 11 <= len(victim.queue) < NUM_PAGES
+    assert victim.queue == requests[::-1][: len(victim.queue)]
+    assert len(looks) <= 4, "one to see what is free, one for what they held, and for ends of pages"
+
+
+def test_choosing_waits_for_the_device_twice(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a busy neighbour on the card each wait takes milliseconds."""
+    victim.elastic.cache(list(range(1200)))
+    asker = neighbour(victim.elastic.ledger, floor=0)
+    victim.elastic.owner.set_activity(False, 0, 2)
+    asker.post_targets(8, 60.0)
+    waits: list[str] = []
+    for name in ("cpu", "item", "tolist", "nonzero", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor: Any, *args: Any, name: str = name, original: Any = original) -> Any:
+            waits.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for name in ("bincount", "unique", "nonzero"):
+        monkeypatch.delattr(torch, name)
+
+    def stop(pages: object, let_go: object) -> int:
+        raise InterruptedError
+
+    monkeypatch.setattr(victim.elastic.allocator, "drop_pages", stop)
+    with pytest.raises(InterruptedError):
+        victim.safe_point()
+    assert waits == ["cpu", "numpy"] * 2
