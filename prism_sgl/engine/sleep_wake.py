@@ -123,6 +123,8 @@ def prism_sleep(scheduler: Any, keep_weights: bool, preempt: bool = False) -> No
             _set_aside(scheduler)
         else:
             raise BusyError(f"{BUSY}requests are in the engine")
+        if used := point.allocator.used_blocks():
+            raise BusyError(f"{BUSY}{used} blocks of KV are in use")
         point.asleep = True  # whatever fails from here on, nothing is admitted to pages that are gone
         # Unmapping is not ordered by streams: nothing may be under way, nor the surplus step of an overlapped turn.
         memory.device.synchronize()

@@ -14,6 +14,7 @@ from prism_sgl.allocator.image import Image
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm_host import HostArena
 from prism_sgl.allocator.weights import WeightsArena
+from prism_sgl.engine import sleep_wake
 from prism_sgl.engine.control import BUSY, SHORTAGE
 from prism_sgl.engine.runtime_memory import RuntimeMemory, ShortageError
 from prism_sgl.engine.sleep_wake import BusyError, prism_sleep, prism_wake
@@ -162,6 +163,20 @@ def test_a_busy_engine_does_not_sleep_and_says_so_in_its_first_word(sleeper: Sle
         prism_sleep(sleeper.scheduler, keep_weights=False)
     assert not sleeper.point.asleep
     assert sleeper.owner.view.state is RuntimeState.AWAKE
+
+
+def test_what_could_not_be_set_aside_keeps_the_engine_awake(
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sleep_wake, "_set_aside", lambda scheduler: None)
+    sleeper.scheduler.is_fully_idle = lambda: False
+    held = sleeper.elastic.allocator.alloc(4)
+    with pytest.raises(BusyError, match=f"^{BUSY}4 blocks of KV are in use"):
+        prism_sleep(sleeper.scheduler, keep_weights=False, preempt=True)
+    assert not sleeper.point.asleep
+    sleeper.elastic.allocator.free(held)
+    prism_sleep(sleeper.scheduler, keep_weights=False, preempt=True)
+    assert sleeper.owner.view.state is RuntimeState.ASLEEP
 
 
 @pytest.mark.parametrize("lacks", ["weights", "activations", "KV"])
