@@ -161,6 +161,9 @@ def main() -> None:
     parser.add_argument(
         "--waiting", type=int, default=0, help="workers that wait from the start; of a host, 0: fork them"
     )
+    parser.add_argument(
+        "--expected", type=int, default=0, help="starts that follow each other at the beginning"
+    )
     parser.add_argument("--cores", type=int, help="cores that imports may use; default: all of this process")
     arguments = parser.parse_args()
     adopt_orphans()
@@ -171,19 +174,21 @@ def main() -> None:
     channel = socket.socket(fileno=arguments.fd)
     channel.set_inheritable(False)  # the supervisor must see its end when we are gone, whoever lives on
     cores = arguments.cores or len(os.sched_getaffinity(0))
-    Standby(channel, _source(arguments.kind, arguments.index, arguments.waiting, cores, channel)).run()
+    Standby(channel, _source(arguments, cores, channel)).run()
     # No interpreter shutdown: torch and SGLang need seconds for it, and nothing of ours is left to close.
     os._exit(0)
 
 
-def _source(kind: str, index: int, waiting: int, cores: int, channel: socket.socket) -> WorkerSource:
+def _source(arguments: argparse.Namespace, cores: int, channel: socket.socket) -> WorkerSource:
+    kind: str = arguments.kind
     # Workers of a card cannot be forked; if none shall wait, one is started when it is wanted.
-    if waiting or kind == "cuda":
+    if arguments.waiting or kind == "cuda":
         environment = dict(os.environ)
         if kind == "cuda":
-            environment |= one_card(index, environment)
+            environment |= one_card(arguments.index, environment)
         command = [sys.executable, "-m", "prism_sgl.engine.waiting", "--kind", kind]
-        return WaitingRoom(command, environment, first=min(waiting, cores), cores=cores)
+        first = min(arguments.waiting, cores)
+        return WaitingRoom(command, environment, first=first, expected=arguments.expected, cores=cores)
     spec_channel.announce_device_kind(kind)
     from prism_sgl.engine.forking import ForkingSource
 

@@ -56,17 +56,19 @@ class _Waiter:
 class WaitingRoom:
     """Owns the waiting workers and the specs that wait for one. A WorkerSource.
 
-    ``first`` workers wait at the beginning, for the models of models.toml; each that is taken lowers this number
-    until one is left: later starts come one by one, and a waiting worker costs host memory, of a card nothing. With 0
-    none waits before there is a spec. ``cores``: of all that import on this host, this room's part.
+    ``first`` workers wait while the ``expected`` models of models.toml start, fewer for the last of them: those that
+    are next import while others load. Then one: later starts come one by one, and a waiting worker costs host memory,
+    of a card nothing. With 0 none waits before there is a spec. ``cores``: of all that import on this host, this room's
+    part.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], *, first: int, cores: int
+        self, command: Sequence[str], environment: Mapping[str, str], *, first: int, expected: int, cores: int
     ) -> None:
         self._command = command
         self._environment = dict(environment)
-        self._num_wanted = first
+        self._first = self._num_wanted = first
+        self._num_expected = expected
         self._num_importing_at_most = max(1, cores // _PROCESSES_EACH)
         self._waiters: dict[int, _Waiter] = {}
         self._specs: deque[tuple[RuntimeSpec, float]] = deque()  # and since when
@@ -150,7 +152,8 @@ class WaitingRoom:
             self._specs.popleft()
             del self._waiters[waiter.pid]
             waiter.channel.close()
-            self._num_wanted = max(1, self._num_wanted - 1)
+            self._num_expected -= 1
+            self._num_wanted = max(1, min(self._first, self._num_expected))
             log.info("waiting worker %d becomes %s", waiter.pid, spec.runtime)
             self._untold.append(Spawned(runtime=spec.runtime, pid=waiter.pid))
 

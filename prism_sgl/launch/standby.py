@@ -7,6 +7,7 @@ each is reported, and a new standby starts.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 from collections import deque
@@ -37,6 +38,7 @@ class HostShare:
     """What the waiting workers of one device may take of the host."""
 
     num_waiting: int
+    num_expected: int  # models that start at the beginning
     num_cores: int
 
 
@@ -47,9 +49,13 @@ def share_host(config: Config, num_cores: int) -> dict[str, HostShare]:
     cards = [device.name for device in config.devices if device.kind == "cuda" and device.name in named]
     each, rest = divmod(max(config.scheduler.start_parallel, len(cards)), max(1, len(cards)))
     cores_each = max(1, num_cores // max(1, len(cards)))
-    num_waiting = {card: each + (number < rest) for number, card in enumerate(cards)}
+    # Which card each of them starts on is for the router to say.
+    expected = math.ceil(sum(model.preload for model in config.models.values()) / max(1, len(cards)))
     # Workers of a host device are forked when they are wanted.
-    return {device.name: HostShare(num_waiting.get(device.name, 0), cores_each) for device in config.devices}
+    shares = {device.name: HostShare(0, 0, cores_each) for device in config.devices}
+    for number, card in enumerate(cards):
+        shares[card] = HostShare(each + (number < rest), expected, cores_each)
+    return shares
 
 
 class StandbyLink:
@@ -80,6 +86,8 @@ class StandbyLink:
                 str(self.device.index),
                 "--waiting",
                 str(self._share.num_waiting),
+                "--expected",
+                str(self._share.num_expected),
                 "--cores",
                 str(self._share.num_cores),
             ]

@@ -56,7 +56,7 @@ class Waiter:
 class Room:
     """A standby process with tiny waiting workers, and this test as its supervisor."""
 
-    def __init__(self, folder: Path, first: int, cores: int) -> None:
+    def __init__(self, folder: Path, first: int, cores: int, expected: int | None = None) -> None:
         self.folder = folder
         self.log = folder / "standby.log"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -68,7 +68,7 @@ class Room:
         with theirs, self.log.open("wb") as log:
             module = "tests.engine.programs.tiny_room"
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), str(first), str(cores)],
+                [sys.executable, "-m", module, *map(str, (theirs.fileno(), first, expected or first, cores))],
                 pass_fds=[theirs.fileno()],
                 stdout=log,
                 stderr=log,
@@ -175,6 +175,29 @@ def test_as_many_as_may_start_at_once_wait_at_first_and_then_one(folder: Path) -
     room.kill(CHAT)
     assert isinstance(room.told(), WorkerExited)  # by then it would have started a fourth
     assert room.children() - workers == {third.pid}, room.log.read_text()
+    room.close()
+
+
+def test_who_is_next_imports_while_the_first_load(folder: Path) -> None:
+    """Two may start at once, four models of models.toml will: two wait until the last but one is taken."""
+    room = Room(folder, first=2, expected=4, cores=6)
+    waiting = [room.waiter(), room.waiter()]
+    for waiter in waiting:
+        waiter.say("imported")
+    assert isinstance(room.told(), StandbyReady)
+    workers = set()
+    for number, left in enumerate((2, 2, 1, 1)):
+        room.spawn(RuntimeId(f"m{number}@cuda0.1"))
+        taken = room.told()
+        assert isinstance(taken, Spawned) and taken.pid in {waiter.pid for waiter in waiting}
+        workers.add(taken.pid)
+        waiting = [waiter for waiter in waiting if waiter.pid != taken.pid]
+        while len(waiting) < left:
+            waiting.append(room.waiter())
+            waiting[-1].say("imported")
+    room.kill(RuntimeId("m0@cuda0.1"))
+    assert isinstance(room.told(), WorkerExited)  # by then it would have started another
+    assert room.children() - workers == {waiter.pid for waiter in waiting}, room.log.read_text()
     room.close()
 
 

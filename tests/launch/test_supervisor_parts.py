@@ -161,7 +161,8 @@ def test_cores_are_parted_among_the_cards_whose_workers_import() -> None:
 
 def test_nobody_waits_beside_a_card_that_no_model_may_come_to() -> None:
     given = shares(3, start_parallel=4, cores=16, allowed=("gpu1", "host0"))
-    assert [given[f"gpu{i}"] for i in range(3)] == [HostShare(0, 16), HostShare(4, 16), HostShare(0, 16)]
+    nobody = HostShare(0, 0, 16)
+    assert [given[f"gpu{i}"] for i in range(3)] == [nobody, HostShare(4, 1, 16), nobody]
 
 
 def test_standby_is_told_its_device_and_its_share(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_standby_is_told_its_device_and_its_share(tmp_path: Path) -> None:
 
     async def arguments() -> list[str]:
         ready = asyncio.Event()
-        link = StandbyLink(device, HostShare(3, 5), lambda _device, _message: ready.set())
+        link = StandbyLink(device, HostShare(3, 8, 5), lambda _device, _message: ready.set())
         child = link.start("tests.launch.programs.tiny_standby", env=os.environ, log=tmp_path / "log")
         try:
             await ready.wait()
@@ -182,10 +183,8 @@ def test_standby_is_told_its_device_and_its_share(tmp_path: Path) -> None:
             await child.exited
 
     given = asyncio.run(arguments())
-    told = {
-        option: given[given.index(option) + 1] for option in ("--kind", "--index", "--waiting", "--cores")
-    }
-    assert told == {"--kind": "cuda", "--index": "1", "--waiting": "3", "--cores": "5"}
+    shown = {"--kind": "cuda", "--index": "1", "--waiting": "3", "--expected": "8", "--cores": "5"}
+    assert {option: given[given.index(option) + 1] for option in shown} == shown
 
 
 def test_spec_has_all_that_the_worker_needs(tmp_path: Path) -> None:

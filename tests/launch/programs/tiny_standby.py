@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--kind", required=True)
     parser.add_argument("--index", required=True)
     parser.add_argument("--waiting", required=True)
+    parser.add_argument("--expected", required=True)
     parser.add_argument("--cores", required=True)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ended by the socket, as the real one
