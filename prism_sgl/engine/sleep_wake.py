@@ -21,6 +21,7 @@ from prism_sgl.engine.control import BUSY, SHORTAGE
 from prism_sgl.engine.overhead import prefill_bytes
 from prism_sgl.engine.runtime_memory import START_TIMEOUT_S, RuntimeMemory, ShortageError
 from prism_sgl.engine.safe_point import SafePoint
+from prism_sgl.engine.support import refuse_other_prefix_cache
 from prism_sgl.errors import PrismError
 from prism_sgl.messages import RuntimeFacts, RuntimeState
 from prism_sgl.units import granules
@@ -37,8 +38,10 @@ def bind(scheduler: Any) -> RuntimeFacts:
 
     Raises:
         ShortageError: the floor never came.
+        UnsupportedModelError: SGLang has built a prefix cache that we do not know.
     """
     memory = RuntimeMemory.current()
+    refuse_other_prefix_cache(scheduler.tree_cache, memory.spec.model)
     point = memory.safe_point = SafePoint(scheduler, memory)
     pool = point.allocator.elastic
     token_bytes = point.allocator.layout.block_bytes // point.allocator.page_size

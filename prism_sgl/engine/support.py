@@ -6,6 +6,8 @@ from typing import Any
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch, is_minimax_sparse
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.utils.common import is_float4_e2m1fn_x2
 
 from prism_sgl.errors import UnsupportedModelError
@@ -112,6 +114,18 @@ def refuse_unsupported_model(model_config: Any, model: str) -> None:
                 f"{model}: {architecture} has {kind}, which has no elastic pool yet; "
                 "serve a model with plain MHA or GQA attention"
             )
+
+
+def refuse_other_prefix_cache(tree: Any, model: str) -> None:
+    """Raises UnsupportedModelError for one whose nodes a reclaim cannot cut (page_eviction.py).
+
+    SGLang's environment chooses among them as well (mem_cache/registry.py:97), and no option shows it.
+    """
+    if type(tree) not in (RadixCache, ChunkCache):
+        raise UnsupportedModelError(
+            f"{model}: {type(tree).__name__} is not supported on elastic memory; "
+            "unset SGLANG_EXPERIMENTAL_CPP_RADIX_TREE and SGLANG_ENABLE_UNIFIED_RADIX_TREE"
+        )
 
 
 def refuse_other_pools(

@@ -18,13 +18,17 @@ import sglang.srt.server_args as sglang_args
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import common
 
 from prism_sgl.engine import support
 from prism_sgl.engine.support import (
     refuse_other_pools,
+    refuse_other_prefix_cache,
     refuse_unsupported_model,
     refuse_unsupported_options,
 )
@@ -316,3 +320,11 @@ def test_blocks_are_powers_of_two(block_tokens: int) -> None:
     if block_tokens > 2:
         with pytest.raises(UnsupportedModelError, match=f"chat: block_tokens = {block_tokens - 1} "):
             refuse_unsupported_options(arguments(page_size=block_tokens - 1), "chat")
+
+
+def test_a_prefix_cache_that_the_environment_chose_is_refused_by_name() -> None:
+    """No option shows it, so it is known by its class once it is built."""
+    for known in (RadixCache.create_simulated(), object.__new__(ChunkCache)):
+        refuse_other_prefix_cache(known, "chat")
+    with pytest.raises(UnsupportedModelError, match=r"^chat: UnifiedRadixCache is not supported"):
+        refuse_other_prefix_cache(object.__new__(UnifiedRadixCache), "chat")
