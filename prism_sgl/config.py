@@ -17,7 +17,7 @@ from prism_sgl import machine
 from prism_sgl.config_cards import ORDER, VISIBLE
 from prism_sgl.config_checks import check_devices, check_fit, check_names, check_socket_names
 from prism_sgl.config_table import Table, keys_of, read_toml, show_value
-from prism_sgl.model_files import ModelFacts, read_facts
+from prism_sgl.model_files import ModelFacts, read_cached_facts, read_facts
 from prism_sgl.units import GRANULE_BYTES, round_down
 
 
@@ -299,7 +299,7 @@ def _facts(table: Table, path: str, engine_args: dict[str, object]) -> ModelFact
     remedy = "give the folder of the model's files"
     if not os.path.exists(path):
         if _HUB_ID.fullmatch(path):
-            return ModelFacts()  # SGLang downloads it; until then nothing is known of it
+            return read_cached_facts(path, engine_args)
         table.fail("path", f'is "{path}", which does not exist', remedy)
     if os.path.isdir(path) and not os.path.isfile(f"{path}/config.json"):
         table.fail("path", f'is "{path}", which has no config.json', remedy)

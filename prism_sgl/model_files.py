@@ -1,11 +1,12 @@
 """What a model's own files tell before any engine runs: its weights, its KV a token, its context.
 
-Standard library only: a safetensors file begins with the length of a JSON header and that header, so the
-sizes of all tensors are known without reading one of them. What the files do not tell is 0, "unknown".
+No torch: a safetensors file begins with the length of a JSON header and that header, so the sizes of all tensors are
+known without reading one of them. What the files do not tell is 0, "unknown".
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -58,6 +59,20 @@ def read_facts(path: Path, engine_args: Mapping[str, object]) -> ModelFacts:
         context_tokens=_positive(engine_args.get("context_length"))
         or _positive(config.get("max_position_embeddings")),
     )
+
+
+def read_cached_facts(hub_id: str, engine_args: Mapping[str, object]) -> ModelFacts:
+    """Facts of a model as the hub's cache on this machine has it; all unknown where SGLang has yet to fetch it."""
+    from huggingface_hub import try_to_load_from_cache  # half a second, for those who name a hub id
+
+    revision, cache_dir = (
+        str(engine_args[key]) if key in engine_args else None for key in ("revision", "download_dir")
+    )
+    found = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir, revision=revision)
+    if isinstance(found, str):
+        with contextlib.suppress(ValueError, OSError):  # a part of it is still to come
+            return read_facts(Path(found).parent, engine_args)
+    return ModelFacts()
 
 
 def _dtype_bytes(config: Mapping[str, Any], engine_args: Mapping[str, object]) -> int:

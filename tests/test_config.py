@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,30 @@ def test_without_devices_gpus_need_their_memory(
 def test_hub_id_is_left_to_sglang(tmp_path: Path) -> None:
     chat = read(tmp_path, HOST + '[models.chat]\npath = "org/Model-1.5"\n').models["chat"]
     assert (chat.path, chat.weights_bytes, chat.context_tokens) == ("org/Model-1.5", 0, 0)
+
+
+def test_what_the_hubs_cache_has_is_read_like_a_folder(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as huggingface_hub does it: a commit's snapshot, found by what a branch points to."""
+    repository = tmp_path / "cache/models--org--Model-1.5"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc123")
+    shutil.copytree(model, repository / "snapshots/abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    text = HOST + '[models.chat]\npath = "org/Model-1.5"\n'
+    folder = read(tmp_path, HOST + CHAT).models["chat"]
+    chat = read(tmp_path, text).models["chat"]
+    assert chat.path == "org/Model-1.5"
+    assert (chat.weights_bytes, chat.kv_bytes_per_token, chat.context_tokens) == (
+        folder.weights_bytes,
+        folder.kv_bytes_per_token,
+        folder.context_tokens,
+    )
+    assert chat.weights_bytes > 0
+    # Of a model that is only half there SGLang fetches the rest: no mistake of the configuration.
+    next((repository / "snapshots/abc123").glob("*.safetensors")).write_bytes(b"half")
+    assert read(tmp_path, text).models["chat"].weights_bytes == 0
 
 
 def test_home_is_expanded(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
