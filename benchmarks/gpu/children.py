@@ -227,6 +227,17 @@ class Engine(Child):
             raise ChildError(f"{self.name}: {burst.errors[0]}")
         return burst.ids
 
+    def gaps(self, asks: Sequence[Ask], answers: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each token of each answer, by how much this engine finds another one likelier: see ``do_gaps``.
+
+        Unlike equality it does not depend on which batches the answers were computed in.
+        """
+        self.act({"name": "flush_cache"})
+        result: list[list[float]] = self.call(
+            "gaps", asks=[asdict(ask) for ask in asks], answers=[list(answer) for answer in answers]
+        )
+        return result
+
     def act(self, action: Action, times: int = 1, timeout_s: float = 120.0) -> list[float]:
         result: list[float] = self.call("act", timeout_s, action=action, times=times)
         return result

@@ -20,7 +20,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO, cast
 
@@ -56,7 +56,8 @@ class EngineLike(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
-    async def async_generate(self, **kwargs: Any) -> AsyncIterator[dict[str, Any]]: ...
+    # One dict, or with ``stream`` an iterator of them.
+    async def async_generate(self, **kwargs: Any) -> Any: ...
     def collective_rpc(self, method: str, **kwargs: Any) -> None: ...
     def shutdown(self) -> None: ...
 
@@ -129,6 +130,15 @@ class EngineHandler(Handler):
         gc.collect()
         result: dict[str, Any] = self._run(self._all(requests, prompts, keep_ids, one_by_one, at))
         return result
+
+    def do_gaps(self, asks: list[dict[str, Any]], answers: list[list[int]]) -> list[list[float]]:
+        """How far behind the likeliest token each token of these answers is, in log probability, after all before it.
+
+        0.0 where it is what this engine would say. One request after the other, each answer in one prefill.
+        """
+        return [
+            self._run(self._gaps(Ask(**ask).ids(), answer)) for ask, answer in zip(asks, answers, strict=True)
+        ]
 
     def do_act_then_generate(self, action: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
         """An action (a wake), and at once a request: seconds of both from the action's begin."""
@@ -269,6 +279,21 @@ class EngineHandler(Handler):
             "error": error,
             "ids": ids if keep_ids else None,
         }
+
+    async def _gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
+        result = await self.engine.async_generate(
+            input_ids=prompt + answer,
+            sampling_params={"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
+            return_logprob=True,
+            # Entries begin with this token, whose own has no value. No cached prefix reaches beyond it.
+            logprob_start_len=len(prompt) - 1,
+            top_logprobs_num=1,
+            stream=False,
+        )
+        chosen, best = (result["meta_info"][f"input_{kind}_logprobs"][1:] for kind in ("token", "top"))
+        if [token for _, token, *_ in chosen] != answer:
+            raise RuntimeError(f"log probabilities of {chosen}, asked for those of {answer}")
+        return [top[0][0] - entry[0] for entry, top in zip(chosen, best, strict=True)]
 
 
 def _build_ours(spec: dict[str, Any], early: Any) -> EngineLike:

@@ -74,7 +74,7 @@ def leased_mib(card: Card, engine: Engine) -> dict[str, float]:
 
 
 def tensors(engine: Engine, mark: int) -> list[str]:
-    """The large ones: MiB, shape, type."""
+    """The largest blocks: MiB, shape and type of the largest tensor in each."""
     return [line for (line,) in engine.log_matches(r"torch: tensor (.*)", mark)]
 
 

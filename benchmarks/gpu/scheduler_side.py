@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 import logging
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from prism_sgl.engine.early_children import prepare_scheduler
@@ -14,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # A wish that was not fulfilled for so long is given up.
 _PATIENCE_S = 5.0
+# So many of torch's blocks are told one by one, largest first.
+_TENSORS_TOLD = 20
 
 
 def prepare() -> None:
@@ -54,7 +58,10 @@ class _Wish:
         point._waiting_tokens, point.grow = self._waiting_tokens, self._grow
 
     def _waiting_tokens(self, running_batch: Any) -> int:
-        """So many that SafePoint lacks what is missing, whatever it has to spare."""
+        """So many that SafePoint lacks what is missing, whatever it has to spare or might evict.
+
+        It asks neighbours only for what its own prefix cache cannot give; ended requests of the requester's are that.
+        """
         self._turns += 1
         count, _ = self._original
         waiting = int(count(running_batch))
@@ -63,11 +70,11 @@ class _Wish:
             return waiting
         point = self._point
         spare = point.allocator.available_size() - waiting - point._running_tokens(running_batch)
-        return waiting + max(0, int(spare)) + self._missing()
+        return waiting + max(0, int(spare)) + int(point.tree.evictable_size()) + self._missing()
 
     def _grow(self, tokens: int) -> int:
         _, grow = self._original
-        gained = int(grow(tokens))
+        gained = int(grow(min(tokens, self._missing())))
         if not self._missing():
             spent_ms = (time.monotonic() - self._began) * 1e3
             self._end(f"{self._size_bytes >> 20} MiB more after {spent_ms:.2f} ms in {self._turns} turns")
@@ -98,29 +105,51 @@ def _fill_new_pages(scheduler: Any, byte: int) -> None:
 
 
 def _tell_tensors(scheduler: Any, least_bytes: int) -> None:
-    """Log what torch holds on the card: its large tensors by shape, and what no tensor of Python's accounts for."""
+    """Log what torch holds on the card: its large blocks by the tensors in them, and what no tensor accounts for."""
     import torch
 
-    from prism_sgl.engine.runtime_memory import RuntimeMemory
-
-    memory = RuntimeMemory.current()
-    arenas = [part.vmm for part in (memory.kv, memory.weights) if part is not None]
-    seen: dict[int, torch.Tensor] = {}
+    found: dict[tuple[int, int], torch.Tensor] = {}  # by the storage: its address and size
     for held in gc.get_objects():
         if isinstance(held, torch.Tensor) and held.is_cuda:
             storage = held.untyped_storage()
-            if not any(a.base <= storage.data_ptr() < a.base + a.size_bytes for a in arenas):
-                seen.setdefault(storage.data_ptr(), held)
-    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in seen.items()}
-    for address, size_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
+            found.setdefault((storage.data_ptr(), storage.nbytes()), held)
+    blocks = [
+        (block["address"], block["size"])
+        for segment in torch.cuda.memory_snapshot()
+        for block in segment["blocks"]
+        if block["state"] == "active_allocated"
+    ]
+    used = blocks_in_use(blocks, found)
+    largest = sorted(used.items(), key=lambda item: -item[0][1])
+    for (_, size_bytes), storage_key in largest[:_TENSORS_TOLD]:
         if size_bytes >= least_bytes:
-            tensor = seen[address]
+            tensor = found[storage_key]
             log.info("torch: tensor %.1f MiB %s %s", size_bytes / 2**20, tuple(tensor.shape), tensor.dtype)
-    allocated = torch.cuda.memory_allocated()
     log.info(
-        "torch: %.1f MiB reserved, %.1f allocated, %.1f in %d tensors",
+        "torch: %.1f MiB reserved, %.1f allocated, %.1f in %d blocks of tensors",
         torch.cuda.memory_reserved() / 2**20,
-        allocated / 2**20,
-        sum(sizes.values()) / 2**20,
-        len(sizes),
+        torch.cuda.memory_allocated() / 2**20,
+        sum(size_bytes for _, size_bytes in used) / 2**20,
+        len(used),
     )
+
+
+def blocks_in_use(
+    blocks: Iterable[tuple[int, int]], storages: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Blocks of torch's allocator that a storage lies in, and the largest such storage; all as (address, bytes).
+
+    Storages do not add up: prefill graphs keep views of their pool by bare address (weak_ref_tensor), each with a
+    storage of its own, one inside the other or of memory that is allocated no more. Nor are arenas of ours blocks.
+    """
+    ordered = sorted(blocks)
+    addresses = [address for address, _ in ordered]
+    used: dict[tuple[int, int], tuple[int, int]] = {}
+    for storage in storages:
+        number = bisect.bisect_right(addresses, storage[0]) - 1
+        if number < 0 or storage[0] >= sum(ordered[number]):
+            continue
+        known = used.setdefault(ordered[number], storage)
+        if storage[1] > known[1]:
+            used[ordered[number]] = storage
+    return used

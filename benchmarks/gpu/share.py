@@ -32,14 +32,20 @@ from benchmarks.gpu.models import ensure_models
 from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.session import bounded, open_results, say
+from prism_sgl.allocator.ledger_views import OwnerView
 from prism_sgl.units import GRANULE_BYTES
 
 MOVED_BYTES = 8 * GIB
 TOKENS_OF_GIB = GIB / (128 * 1024)  # an 8B's
-RIGHTFUL_FLOOR_BYTES = MOVED_BYTES + 2 * GIB  # of a requester that asks a busy neighbour
 SENT_BACK_ROUNDS = 2
+# Almost 2 s at 12 requests: longer than a victim takes to send requests back (0.25 s until it may, 0.4 s to do it).
+# A requester that has ended wants no memory, so the victim's waiting requests take what is left of it.
+LONG_ANSWER = 340
 QUESTIONS = [Ask(seed=1 + n, tokens=tokens, new_tokens=24) for n, tokens in enumerate((6, 50, 400, 2000))]
-GAVE = r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms, lost (\d+) cached tokens"
+GAVE = (
+    r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms"
+    r"(?: \(chosen after ([\d.]+), unmapped after [\d.]+\))?, lost (\d+) cached tokens"
+)
 RETRACTED = r"reclaim: (\d+) running requests wait again"
 GREW = r"grow: \d+ MiB more after ([\d.]+) ms"  # scheduler_side.py
 PREFILLED = r"Prefill batch.*?#new-token: (\d+)"  # SGLang's, of each prefill
@@ -52,6 +58,7 @@ class Moves:
     seconds: list[float] = field(default_factory=list)
     gave_mib: float = 0
     given_in_ms: list[str] = field(default_factory=list)  # the victims' own words
+    chosen_after_ms: list[float] = field(default_factory=list)  # theirs too: before they unmapped
     lost_tokens: float = 0
     retracted: int = 0
     again_tokens: int = 0  # prefilled a second time by requests that were sent back
@@ -68,9 +75,9 @@ def grow(size_bytes: int) -> Action:
     return {"name": "prism_grow", "args": {"size_bytes": size_bytes}}
 
 
-def work(seed: int) -> list[Ask]:
+def work(seed: int, new_tokens: int = 96) -> list[Ask]:
     """What keeps the requester busy: all of it fits into what it has after a wake, so it asks nobody for this."""
-    return [Ask(seed + n, 64, 96) for n in range(12)]
+    return [Ask(seed + n, 64, new_tokens) for n in range(12)]
 
 
 def quota(floor_bytes: int, ceiling_bytes: int) -> Action:
@@ -108,27 +115,33 @@ def fill(
     return seed
 
 
+def owner(card: Card, engine: Engine) -> OwnerView:
+    return next(o for o in card.ledger.owners() if o.name.startswith(f"{engine.name}@"))
+
+
 def held(card: Card) -> str:
     owners = sorted(card.ledger.owners(), key=lambda owner: owner.name)
     return ", ".join(f"{o.name.split('@')[0]} {o.kv * 2 / 1024:.1f} GiB of KV" for o in owners)
 
 
-def move_once(card: Card, requester: Engine, victims: Sequence[Engine], moves: Moves, seed: int) -> None:
-    """``seed``: of what the requester decodes meanwhile."""
+def move_once(
+    card: Card, requester: Engine, victims: Sequence[Engine], moves: Moves, meanwhile: Sequence[Ask]
+) -> None:
+    """``meanwhile``: what the requester decodes."""
     say(f"before: {held(card)}")
-    moves.floor_bytes = next(
-        o.floor * GRANULE_BYTES for o in card.ledger.owners() if o.name.startswith(f"{requester.name}@")
-    )
+    moves.floor_bytes = owner(card, requester).floor * GRANULE_BYTES
     mark, marks = requester.log_mark(), [victim.log_mark() for victim in victims]
-    moves.count(requester.act_amid(grow(MOVED_BYTES), work(seed)))
+    moves.count(requester.act_amid(grow(MOVED_BYTES), meanwhile))
     came = requester.log_matches(GREW, mark, wait_s=6.0)
     if not came:
         raise RuntimeError("the memory did not come")
     seconds = float(came[-1][0]) / 1e3
     for victim, mark in zip(victims, marks, strict=True):
-        for gave, took, lost in victim.log_matches(GAVE, mark, wait_s=0.1):
+        for gave, took, chosen, lost in victim.log_matches(GAVE, mark, wait_s=0.1):
             moves.gave_mib += float(gave)
             moves.given_in_ms.append(took)
+            if chosen:  # an older product does not tell
+                moves.chosen_after_ms.append(float(chosen))
             moves.lost_tokens += float(lost)
         moves.retracted += sum(int(n) for (n,) in victim.log_matches(RETRACTED, mark, wait_s=0))
     moves.seconds.append(seconds)
@@ -153,6 +166,14 @@ def report(
         + f"; in the victims: {' '.join(moves.given_in_ms)}; the requester decodes {len(work(0))} requests, its floor "
         f"of {moves.floor_bytes / GIB:.1f} GiB is {side} what it asks for{note}",
     )
+    if moves.chosen_after_ms:
+        results.add(
+            f"{what}: of each victim's time, until it has chosen what to give, median",
+            statistics.median(moves.chosen_after_ms),
+            None,
+            "ms",
+            note="all: " + " ".join(f"{ms:.1f}" for ms in moves.chosen_after_ms),
+        )
     gave_gib = moves.gave_mib / 1024
     results.add(
         f"{what}: cached tokens lost per GiB given",
@@ -204,8 +225,9 @@ def report_sent_back(results: Results, what: str, moves: Moves) -> None:
 
 @contextlib.contextmanager
 def right_to(card: Card, requester: Engine) -> Iterator[None]:
-    """What the requester asks for lies below its floor meanwhile."""
-    requester.act(quota(RIGHTFUL_FLOOR_BYTES, card.budget_bytes))
+    """What the requester asks for lies below its floor meanwhile, with all that it has and finds free before."""
+    floor_bytes = owner(card, requester).kv * GRANULE_BYTES + free_bytes(card) + MOVED_BYTES + GIB
+    requester.act(quota(floor_bytes, card.budget_bytes))
     try:
         yield
     finally:
@@ -217,7 +239,9 @@ def prefilled(victim: Engine, since: int) -> int:
     return sum(int(tokens) for (tokens,) in victim.log_matches(PREFILLED, since, wait_s=0))
 
 
-def ask_amid(card: Card, requester: Engine, victim: Engine, asks: list[Ask], seed: int, moves: Moves) -> None:
+def ask_amid(
+    card: Card, requester: Engine, victim: Engine, asks: list[Ask], meanwhile: list[Ask], moves: Moves
+) -> None:
     """The requester asks once the victim has prefilled all of these, by right of its floor."""
     begin = victim.log_mark()
     victim.send_burst(asks)
@@ -230,7 +254,7 @@ def ask_amid(card: Card, requester: Engine, victim: Engine, asks: list[Ask], see
             time.sleep(0.02)
         decoding = victim.log_mark()
         with right_to(card, requester):
-            move_once(card, requester, [victim], moves, seed)
+            move_once(card, requester, [victim], moves, meanwhile)
     finally:
         moves.count(victim.receive_burst())
     moves.again_tokens += prefilled(victim, decoding)
@@ -265,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
             moves = Moves()
             for _ in range(args.rounds):
                 seed = fill(card, requester, [victim], seed, moves)
-                move_once(card, requester, [victim], moves, seed)
+                move_once(card, requester, [victim], moves, work(seed))
                 seed += 1000
             report(results, what, moves, 0.030, unchanged())
         what = "two 8B, victim decodes 32 requests"
@@ -274,7 +298,7 @@ def run(args: argparse.Namespace) -> None:
             for _ in range(max(2, args.rounds - 2)):
                 seed = fill(card, requester, [victim], seed, moves, extra=0)
                 asks = [Ask(seed + n, 256, 400) for n in range(32)]
-                ask_amid(card, requester, victim, asks, seed + 500, moves)
+                ask_amid(card, requester, victim, asks, work(seed + 500), moves)
                 seed += 1000
             report(results, what, moves, 0.100, unchanged())
         what = "two 8B, victim decodes and must send requests back"
@@ -284,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
                 give_back(requester)
                 # 13.8 GiB in use of about 16: 8 GiB less leave the victim room for little more than half of them.
                 asks = [Ask(seed + n, 2500, 200) for n in range(42)]
-                ask_amid(card, requester, victim, asks, seed + 500, moves)
+                ask_amid(card, requester, victim, asks, work(seed + 500, LONG_ANSWER), moves)
                 seed += 1000
             note = (
                 "; the victim has 0.25 s before it must send requests back (runtime_memory.TARGET_DEADLINE_S)"
@@ -298,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
                 moves = Moves()
                 for _ in range(max(2, args.rounds - 2)):
                     seed = fill(card, requester, victims, seed, moves)
-                    move_once(card, requester, victims, moves, seed)
+                    move_once(card, requester, victims, moves, work(seed))
                     seed += 1000
                 report(results, what, moves, 0.030, unchanged())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,16 @@ from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.nvml import GIB
 from prism_sgl.units import GRANULE_BYTES
 from tests.gpu.conftest import KV_BYTES, Pair, answers
+
+# How far behind the likeliest token (natural log) one may be that roundings chose. This 1B and these requests in a
+# torch emulation on a CPU, 2026-11-29: answers of eight at once, scored one by one, lie up to 0.094 behind in bf16 (and
+# 119 of 256 tokens are others), 0.063 with KV in fp8; answers one by one 0.047 (logits of about 4 are 0.016 to 0.03
+# apart). Wrong KV shows in an answer's largest gap: 16 of 530 rows zero 0.97 to 1.75 (eight answers), 16 rows of
+# another prefix 1.7 and 1.9, the suffix of a neighbour 2.1 and 3.2, the whole prefix of another 5.3 and 5.8; a
+# neighbour's answer behind the same prefix 3.75 to 4.6.
+NEAR_TIE = 0.4
+# Activations in fp8: a rounding of bf16 that falls the other way is a step of 6 to 12 % here. 0.25 to 0.55 behind.
+NEAR_TIE_FP8_WEIGHTS = 1.5
 
 # Fills what is free of the card with NaN, page by page like an engine's KV, and gives it back.
 POISON = """
@@ -99,12 +110,15 @@ def test_a_live_engine_answers_the_same_after_it_gave_kv_away(pair: Pair) -> Non
     assert answers(pair.ours) == before
 
 
-def together(engine: Engine) -> list[list[int]]:
+BEHIND_A_PREFIX = [
+    Ask(seed=8001 + n, tokens=20 + 7 * n, new_tokens=32, prefix_seed=42, prefix_tokens=512) for n in range(8)
+]
+
+
+def together(engine: Engine, asks: list[Ask]) -> list[list[int]]:
     """Greedy tokens of eight requests at once behind one cached prefix: decoded by the CUDA graph of eight."""
     engine.act({"name": "flush_cache"})
-    prefix = {"prefix_seed": 42, "prefix_tokens": 512}
-    assert not engine.burst([Ask(seed=8000, tokens=5, new_tokens=1, **prefix)]).errors
-    asks = [Ask(seed=8001 + n, tokens=20 + 7 * n, new_tokens=32, **prefix) for n in range(8)]
+    assert not engine.burst([replace(asks[0], seed=8000, tokens=5, new_tokens=1)]).errors
     burst = engine.burst(asks, keep_ids=True)
     assert not burst.errors
     assert all(answer["cached"] >= 512 for answer in burst.answers)
@@ -112,12 +126,23 @@ def together(engine: Engine) -> list[list[int]]:
 
 
 def test_a_batch_behind_a_shared_prefix_is_answered(pair: Pair) -> None:
-    """As plain SGLang answers, where that answers the same twice: how requests fall into prefills decides roundings."""
-    stock, again = together(pair.stock), together(pair.stock)
-    ours = together(pair.ours)
-    if stock == again:
-        # A prefill takes what has arrived, so one that fell apart is tried again. What is broken is never equal.
-        assert ours == stock or any(together(pair.ours) == stock for _ in range(3))
+    """Plain SGLang, given all before it, finds each token likeliest or as good as that (``NEAR_TIE``).
+
+    Not that the tokens are plain SGLang's: how requests fall into prefills and batches decides roundings, and those
+    decide between near-ties; from the first such token on all are others.
+    """
+    asks = BEHIND_A_PREFIX
+    ours, alone = together(pair.ours, asks), pair.stock.greedy(asks)
+    neighbours = [*ours[1:], ours[0]]
+    largest = {
+        whose: [max(gaps) for gaps in pair.stock.gaps(asks, given)]
+        for whose, given in (("ours", ours), ("plain SGLang's", alone), ("a neighbour's", neighbours))
+    }
+    print(f"largest gap of each answer: {largest}")
+    bound = NEAR_TIE_FP8_WEIGHTS if pair.ours.name == "fp8-weights-ours" else NEAR_TIE
+    assert max(largest["plain SGLang's"]) < bound, "roundings alone"
+    assert min(largest["a neighbour's"]) > bound, "a wrong answer would not be found out"
+    assert max(largest["ours"]) < bound
 
 
 def test_memory_that_others_filled_with_nan_reaches_no_answer(pair: Pair) -> None:
