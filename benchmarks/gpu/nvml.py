@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from prism_sgl.config_cards import card_id
 
 GIB = 1 << 30
 
@@ -19,12 +23,12 @@ class CardInfo:
 
 
 def card_info() -> CardInfo:
-    """Of card 0; "no card" where there is none, so that scripts can be tried without one."""
+    """Of the first card that CUDA shows us; "no card" where there is none, so that scripts can be tried without one."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByIndex(0)
+        card = _first_card(pynvml)
         return CardInfo(
             name=_text(pynvml.nvmlDeviceGetName(card)),
             driver=_text(pynvml.nvmlSystemGetDriverVersion()),
@@ -39,7 +43,7 @@ def card_used_mib() -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) / MIB
+    return float(pynvml.nvmlDeviceGetMemoryInfo(_first_card(pynvml)).used) / MIB
 
 
 def process_mib(pids: Sequence[int] | None = None) -> dict[int, float]:
@@ -47,7 +51,7 @@ def process_mib(pids: Sequence[int] | None = None) -> dict[int, float]:
     import pynvml
 
     pynvml.nvmlInit()
-    card = pynvml.nvmlDeviceGetHandleByIndex(0)
+    card = _first_card(pynvml)
     found = {
         int(process.pid): (process.usedGpuMemory or 0) / MIB
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
@@ -65,6 +69,14 @@ def settled_mib(read: Callable[[], float], seconds: float = 1.0) -> float:
         if now == before or time.monotonic() > deadline:
             return now
         before = now
+
+
+def _first_card(pynvml: Any) -> Any:
+    """Two scripts may run side by side on a machine with two cards, each with a CUDA_VISIBLE_DEVICES of its own."""
+    wanted = card_id(0, os.environ)
+    if wanted.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(wanted))
+    return pynvml.nvmlDeviceGetHandleByUUID(wanted)
 
 
 def _text(value: str | bytes) -> str:

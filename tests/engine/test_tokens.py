@@ -130,17 +130,18 @@ def test_an_idle_engine_answers_a_neighbour_at_once(system: System) -> None:
         # Below its floor, so that it has a right to what it asks for.
         neighbour = ledger.join("neighbour", floor=ledger.budget, ceiling=ledger.budget, priority=0, bell="")
         try:
-            assert neighbour.try_reserve(Kind.KV, ledger.totals().free)
             for _ in range(4):
-                time.sleep(0.1)  # it is in its poll again
+                time.sleep(0.1)  # they are in their polls again
+                # The page that came before may have been of more than a granule.
+                assert neighbour.try_reserve(Kind.KV, ledger.totals().free)
                 began = time.monotonic()
-                assert neighbour.post_targets(1, 5.0), "chat and code are idle and above their floors"
+                assert neighbour.post_targets(1, 5.0), "both are above their floors"
                 wait_for("a granule", lambda: neighbour.try_reserve(Kind.KV, 1), every_s=0.001)
                 waited_s.append(time.monotonic() - began)
         finally:
             neighbour.release(Kind.KV, neighbour.held(Kind.KV))
             neighbour.leave()
-    assert sum(waited_s) < 1.0, f"two seconds are to be expected of polls alone; this took {waited_s}"
+    assert sum(waited_s) < 1.0, f"polls alone take 3.6 s; this took {waited_s}"
 
 
 def test_shortage_retracts_and_loses_nothing(system: System) -> None:

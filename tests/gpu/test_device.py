@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from prism_sgl.config_cards import card_id
 from prism_sgl.launch.nvml import read_cards
 
 torch = pytest.importorskip("torch")
@@ -35,7 +37,8 @@ def test_torch_takes_no_more_than_its_cap_and_a_cap_can_be_raised() -> None:
 
 
 def test_the_launcher_sees_the_memory_that_cuda_sees() -> None:
-    card = read_cards()[0]
+    wanted = card_id(0, os.environ)
+    card = next(card for card in read_cards() if wanted in (str(card.index), card.uuid))
     free, total = torch.cuda.mem_get_info()
     assert card.total_bytes == total
     assert abs(card.free_bytes - free) < 1 << 30
