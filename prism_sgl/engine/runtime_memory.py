@@ -151,13 +151,13 @@ class RuntimeMemory:
 
     def ask_neighbours(self, wanted: int) -> None:
         """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back."""
-        late = self.owner.overdue_victims()
+        self.ledger.reap(self.device.free_granules())
+        posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S)
+        late = self.owner.overdue_victims()  # after the posting, so that whom it passed over is among them
         if late and late != self._told_late:
             log.warning(
                 "%s did not give memory within %g s; others are asked", ", ".join(late), TARGET_DEADLINE_S
             )
         self._told_late = late
-        self.ledger.reap(self.device.free_granules())
-        posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S)
         if posted:
             log.info("asked %s for memory", ", ".join(f"{p.name} ({p.granules} granules)" for p in posted))
