@@ -8,13 +8,13 @@ do not belong here: they would come back as they were loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_sgl.allocator.image import Image
 from prism_sgl.allocator.lease import Lease
 from prism_sgl.allocator.ledger import Kind, Owner
-from prism_sgl.allocator.vmm import Vmm, num_pages_in
+from prism_sgl.allocator.vmm import Vmm, in_parts, num_pages_in
 from prism_sgl.errors import VmmError
 
 __all__ = ["Image", "Layout", "WeightsArena"]
@@ -72,7 +72,7 @@ class WeightsArena:
 
     def unmapped_bytes(self, end_bytes: int) -> int:
         """What ``materialise`` of the first ``end_bytes`` would take from the budget: whole pages."""
-        return num_pages_in(self._missing(self._end_page(end_bytes))) * self.vmm.page_bytes
+        return len(self._absent(self._end_page(end_bytes))) * self.vmm.page_bytes
 
     @property
     def image(self) -> Image | None:
@@ -92,7 +92,8 @@ class WeightsArena:
 
         False on shortage, with nothing changed.
         """
-        return self._map(self._missing(self._end_page(end_bytes)))
+        runs = _runs(self._absent(self._end_page(end_bytes)))
+        return not runs or (self._lease.reserve(num_pages_in(runs)) and self._lease.map(runs))
 
     def adopt(self, image: Image) -> None:
         """From now on these are the bytes that a wake brings back.
@@ -136,7 +137,7 @@ class WeightsArena:
         image = self._image
         if image is None:
             raise ValueError("there is no image to wake from")
-        absent = [page for page in range(self.vmm.num_pages) if not self.vmm.is_mapped(page)]
+        absent = self._absent(self.vmm.num_pages)
         if not self._lease.reserve(len(absent)):
             return False
         is_complete = False
@@ -153,7 +154,7 @@ class WeightsArena:
         False: the device was full, and some parts are mapped.
         """
         still = len(absent)
-        for part in _parts(sorted({*absent, *self._hollow}), max(1, _PART_BYTES // self.vmm.page_bytes)):
+        for part in in_parts(sorted({*absent, *self._hollow}), max(1, _PART_BYTES // self.vmm.page_bytes)):
             new = [page for page in part if not self.vmm.is_mapped(page)]
             still -= len(new)
             if new and not self._lease.map(_runs(new), more_pages=still):
@@ -175,22 +176,14 @@ class WeightsArena:
     def _end_page(self, end_bytes: int) -> int:
         return -(-end_bytes // self.vmm.page_bytes)
 
-    def _missing(self, end: int) -> list[range]:
-        return _runs([page for page in range(end) if not self.vmm.is_mapped(page)])
+    def _absent(self, end: int) -> list[int]:
+        return [page for page in range(end) if not self.vmm.is_mapped(page)]
 
     def _unmap(self, runs: Sequence[range]) -> None:
         try:
             self._lease.unmap(runs)
         finally:
             self._hollow = {page for page in self._hollow if self.vmm.is_mapped(page)}
-
-    def _map(self, runs: Sequence[range]) -> bool:
-        return not runs or (self._lease.reserve(num_pages_in(runs)) and self._lease.map(runs))
-
-
-def _parts(pages: Sequence[int], num_pages: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(pages), num_pages):
-        yield pages[start : start + num_pages]
 
 
 def _runs(pages: Sequence[int]) -> list[range]:

@@ -63,10 +63,7 @@ class Overhead:
     def cap(self) -> None:
         """Keep torch within the budget: once the engine is complete, for loading and capture take what they take."""
         if self._base_bytes:
-            leased_bytes = self._memory.owner.held(Kind.OVERHEAD) * GRANULE_BYTES - self._base_bytes
-            free_bytes = self._memory.ledger.totals().free * GRANULE_BYTES
-            allowed_bytes = max(leased_bytes, _torch_bytes()) + free_bytes + _TOLERATED_BYTES
-            self._memory.device.cap_torch(allowed_bytes)
+            self._cap(_torch_bytes())
 
     def look(self, *, in_a_hurry: bool) -> None:
         """At safe points: torch may have taken more than was foreseen. That is true already, so lease it.
@@ -77,13 +74,19 @@ class Overhead:
         if not self._base_bytes or time.monotonic() - self._looked_at < every_s:
             return
         self._looked_at = time.monotonic()
-        used_bytes = self._base_bytes + _torch_bytes()
+        torch_bytes = _torch_bytes()
+        used_bytes = self._base_bytes + torch_bytes
         if used_bytes > self._wanted_bytes:
             log.warning("the engine holds %d MiB beside pages, more than foreseen", used_bytes >> 20)
             self._wanted_bytes = used_bytes
         if granules(self._wanted_bytes) > self._memory.owner.held(Kind.OVERHEAD):
             self._lease(0.0)
-        self.cap()
+        self._cap(torch_bytes)
+
+    def _cap(self, torch_bytes: int) -> None:
+        leased_bytes = self._memory.owner.held(Kind.OVERHEAD) * GRANULE_BYTES - self._base_bytes
+        free_bytes = self._memory.ledger.totals().free * GRANULE_BYTES
+        self._memory.device.cap_torch(max(leased_bytes, torch_bytes) + free_bytes + _TOLERATED_BYTES)
 
     def _lease(self, timeout_s: float) -> bool:
         owner = self._memory.owner
