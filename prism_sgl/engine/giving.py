@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from prism_sgl.allocator.ledger import Kind, Target
 from prism_sgl.allocator.vmm import GRANULE_BYTES
-from prism_sgl.engine.page_eviction import Eviction
+from prism_sgl.engine.page_eviction import Eviction, look
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 
@@ -129,12 +129,12 @@ class Giving:
 
     def _give_pages(self, target: Target, requests: Iterable[Any]) -> Given:
         allowed = self._pages_to_give(target, requests)
-        used = self.allocator.used_per_page()
-        pages = self.allocator.empty_pages(used)[:allowed]
+        seen = look(self.tree, self.allocator)
+        pages = self.allocator.empty_pages(seen.used)[:allowed]
         cached = self.tree.evictable_size()
         eviction = None
         if len(pages) < allowed and cached > 0:
-            eviction = Eviction(self.tree, self.allocator, used, allowed - len(pages))
+            eviction = Eviction(seen, self.tree, self.allocator, allowed - len(pages))
             pages += eviction.pages[: allowed - len(pages)]
         given = Given(chosen_at=time.monotonic())
 

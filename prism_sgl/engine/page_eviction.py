@@ -12,6 +12,8 @@ has its memory already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,21 +29,41 @@ Ints = npt.NDArray[np.int64]
 _ROUND = 4
 
 
+@dataclass(frozen=True)
+class Look:
+    """What lies on which page at one moment. Of use until tree or allocator are used."""
+
+    used: Ints  # ElasticBlocks.used_per_page
+    nodes: list[Any]  # that no running request holds, parents before children
+    node_pages: npt.NDArray[np.int32]  # [blocks]: the page of each of their blocks, one node after the other
+
+
+def look(tree: Any, allocator: ElasticAllocator) -> Look:
+    """``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279). The device is waited for once.
+
+    Each wait is for a turn on the card, which takes milliseconds while another process computes there. So the card
+    makes one run of numbers, four bytes each, and all the rest is done here.
+    """
+    nodes = _unlocked_nodes(tree)
+    numbers = _numbers_of([node.value for node in nodes], allocator)
+    num_pages = allocator.elastic.pages.num_pages
+    return Look(allocator.used_per_page(numbers[:num_pages]), nodes, numbers[num_pages:])
+
+
 class Eviction:
     """Cached prefixes chosen to go, so that ``num_pages`` pages come free, or as many as can.
 
-    ``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279), ``used`` the allocator's ``used_per_page``.
-    Neither tree nor allocator may be used between this choice and ``carry_out``.
+    Neither tree nor allocator may be used between the look and ``carry_out``.
     """
 
-    def __init__(self, tree: Any, allocator: ElasticAllocator, used: Ints, num_pages: int) -> None:
+    def __init__(self, seen: Look, tree: Any, allocator: ElasticAllocator, num_pages: int) -> None:
         self._tree = tree
         self._allocator = allocator
-        self._nodes = _unlocked_nodes(tree)
+        self._nodes = list(seen.nodes)
         self._keep: list[int] = []  # blocks that each node keeps
         self.pages: list[int] = []  # that hold nothing once it is carried out, highest first
         if num_pages > 0 and self._nodes:
-            cuts = _Cuts(self._nodes, allocator, used)
+            cuts = _Cuts(seen, allocator.page_size)
             self.pages = cuts.choose(num_pages)
             self._keep = cuts.keep[:-1].tolist()
 
@@ -66,7 +88,7 @@ class Eviction:
 
 def rehearse(allocator: ElasticAllocator) -> None:
     """Have the device load what a look at the tree needs (ElasticBlocks.rehearse says why)."""
-    _pages_of([torch.zeros(allocator.page_size, dtype=torch.int64, device=allocator.device)] * 2, allocator)
+    _numbers_of([torch.zeros(allocator.page_size, dtype=torch.int64, device=allocator.device)] * 2, allocator)
 
 
 class _Cuts:
@@ -76,14 +98,13 @@ class _Cuts:
     for the parent of those that have none here; it has no blocks, so it loses none.
     """
 
-    def __init__(self, nodes: list[Any], allocator: ElasticAllocator, used: Ints) -> None:
-        block_tokens = allocator.page_size
+    def __init__(self, seen: Look, block_tokens: int) -> None:
+        nodes, used, pages = seen.nodes, seen.used, seen.node_pages
         self._length = np.array([len(node.value) // block_tokens for node in nodes] + [0], dtype=np.int64)
         start = np.concatenate(([0], np.cumsum(self._length[:-1])))
         self.keep = self._length.copy()
         self._find_parents(nodes)
 
-        pages = _pages_of([node.value for node in nodes], allocator)
         held = np.bincount(pages, minlength=len(used))
         is_begin = np.ones(len(pages), dtype=bool)
         np.not_equal(pages[1:], pages[:-1], out=is_begin[1:])
@@ -154,15 +175,14 @@ class _Cuts:
             self.keep[level[self.keep[parent] < self._length[parent]]] = 0
 
 
-def _pages_of(values: list[torch.Tensor], allocator: ElasticAllocator) -> npt.NDArray[np.int32]:
-    """``[blocks]``: the page of each block of these nodes, one node after the other. Waits for the device once.
-
-    Each wait is for a turn on the card, which takes milliseconds while another process computes there; so its part is
-    one computation and one copy, of four bytes a block, and the rest is done here.
-    """
-    ids = torch.cat(values)[:: allocator.page_size] // allocator.page_size
-    pages: npt.NDArray[np.int32] = allocator.layout.pages(ids).to(torch.int32).cpu().numpy()
-    return pages
+def _numbers_of(values: Sequence[torch.Tensor], allocator: ElasticAllocator) -> npt.NDArray[np.int32]:
+    """``[num_pages + blocks]``: free blocks of each page, then the page of each block of these nodes' values."""
+    parts = [allocator.free_per_page()]
+    if values:
+        ids = torch.cat(list(values))[:: allocator.page_size] // allocator.page_size
+        parts.append(allocator.layout.pages(ids).to(torch.int32))
+    numbers: npt.NDArray[np.int32] = torch.cat(parts).cpu().numpy()
+    return numbers
 
 
 def _unlocked_nodes(tree: Any) -> list[Any]:

@@ -123,22 +123,29 @@ class ElasticBlocks:
     def _order_counts(self) -> bool:
         return len(self.free_pages) + len(self.release_pages) > _SORT_WHEN_FREE * self.usable_blocks
 
-    def used_per_page(self) -> npt.NDArray[np.int64]:
-        """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used. It waits for the card.
-
-        Counted there: the lists hold as many numbers as there are tokens, the answer one a page.
+    def free_per_page(self) -> torch.Tensor:
+        """``[num_pages]`` int32, on the device, which is not waited for: the lists hold as many numbers as there are
+        tokens, the answer one a page.
         """
+        free = self.layout.pages(torch.cat((self.free_pages, self.release_pages)))
+        # Not bincount, which waits for the device to learn the largest number.
+        counts = torch.zeros(self.elastic.pages.num_pages, dtype=torch.int32, device=self.device)
+        return counts.scatter_add_(0, free, torch.ones_like(free, dtype=torch.int32))
+
+    def used_per_page(self, free_per_page: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.int64]:
+        """``[num_pages]``: usable blocks of each page that are not free; block 0 counts as used.
+
+        ``free_per_page``: as it is on the host by now; else the device is waited for.
+        """
+        if free_per_page is None:
+            free_per_page = self.free_per_page().cpu().numpy()
         pages = self.elastic.pages
         usable = np.zeros(pages.num_pages, dtype=np.int64)
         usable[list(pages.mapped_pages)] = pages.blocks_per_page
         if pages.is_mapped(pages.num_pages - 1):
             usable[-1] = len(pages.blocks_of(range(pages.num_pages - 1, pages.num_pages)))
-        free = self.layout.pages(torch.cat((self.free_pages, self.release_pages)))
-        # Not bincount, which waits for the device to learn the largest number.
-        free_per_page = torch.zeros(pages.num_pages, dtype=torch.int64, device=self.device)
-        free_per_page.scatter_add_(0, free, torch.ones_like(free))
-        counted: npt.NDArray[np.int64] = free_per_page.cpu().numpy()
-        return usable - counted
+        used: npt.NDArray[np.int64] = usable - free_per_page
+        return used
 
     def empty_pages(self, used: npt.NDArray[np.int64] | None = None) -> list[int]:
         """Mapped pages that hold no used block, so never block 0's; highest first: so they are given back.
