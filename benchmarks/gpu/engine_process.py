@@ -291,7 +291,8 @@ class EngineHandler(Handler):
             stream=False,
         )
         chosen, best = (result["meta_info"][f"input_{kind}_logprobs"][1:] for kind in ("token", "top"))
-        if [token for _, token, *_ in chosen] != answer:
+        # SGLang calls the vocabulary's last token 0 there (logprob_result_processor.py:54); the value is its own.
+        if [token or asked for (_, token, *_), asked in zip(chosen, answer, strict=True)] != answer:
             raise RuntimeError(f"log probabilities of {chosen}, asked for those of {answer}")
         return [top[0][0] - entry[0] for entry, top in zip(chosen, best, strict=True)]
 

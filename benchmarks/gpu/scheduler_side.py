@@ -53,7 +53,7 @@ class _Wish:
         self._size_bytes = size_bytes
         pages = math.ceil(size_bytes / point.allocator.elastic.pages.page_bytes)
         self._goal: int = point.allocator.usable_tokens() + pages * point.allocator.page_tokens
-        self._turns = 0
+        self._turns: list[str] = []  # of each turn in the safe point: begin, pages mapped, how long that took
         self._original = point._waiting_tokens, point.grow
         point._waiting_tokens, point.grow = self._waiting_tokens, self._grow
 
@@ -62,7 +62,7 @@ class _Wish:
 
         It asks neighbours only for what its own prefix cache cannot give; ended requests of the requester's are that.
         """
-        self._turns += 1
+        self._turns.append(f"{self._spent_ms():.1f}")
         count, _ = self._original
         waiting = int(count(running_batch))
         if time.monotonic() - self._began > _PATIENCE_S:
@@ -74,11 +74,19 @@ class _Wish:
 
     def _grow(self, tokens: int) -> int:
         _, grow = self._original
+        before_ms = self._spent_ms()
         gained = int(grow(min(tokens, self._missing())))
+        now_ms = self._spent_ms()
+        pages = gained // self._point.allocator.page_tokens
+        self._turns[-1] += f" (mapped {pages} pages in {now_ms - before_ms:.1f})"
         if not self._missing():
-            spent_ms = (time.monotonic() - self._began) * 1e3
-            self._end(f"{self._size_bytes >> 20} MiB more after {spent_ms:.2f} ms in {self._turns} turns")
+            self._end(
+                f"{self._size_bytes >> 20} MiB more after {now_ms:.2f} ms, turns at " + ", ".join(self._turns)
+            )
         return gained
+
+    def _spent_ms(self) -> float:
+        return (time.monotonic() - self._began) * 1e3
 
     def _missing(self) -> int:
         return max(0, self._goal - int(self._point.allocator.usable_tokens()))

@@ -48,27 +48,22 @@ class Lease:
         self._granules += granules
         return granules // step
 
-    def map(self, runs: Sequence[range], *, more_pages: int = 0) -> bool:
+    def map(self, runs: Sequence[range]) -> bool:
         """Map these reserved pages. False: the device was full; the reservation is returned, nothing has changed.
-
-        ``more_pages``: of the reservation, that the next calls will map; when this one fails they are returned as well.
 
         Raises:
             VmmError: the driver failed otherwise. The reservation is returned as far as no memory is held.
         """
-        wanted = num_pages_in(runs) + more_pages
-        assert self._granules >= self._held_granules() + wanted * self._page_granules
+        assert self._granules >= self._held_granules() + num_pages_in(runs) * self._page_granules
         crash_points.crash_point("between_reserve_and_map")
         self.device_is_short = False
-        keep = 0
         try:
             self._vmm.map(runs)
-            keep = more_pages
         except DeviceFullError:
             self.device_is_short = True
             return False
         finally:
-            self._return_surplus(keep)
+            self._return_surplus()
         return True
 
     def unmap(self, runs: Sequence[range]) -> None:
@@ -92,8 +87,8 @@ class Lease:
     def _held_granules(self) -> int:
         return self._vmm.held_bytes // GRANULE_BYTES
 
-    def _return_surplus(self, keep_pages: int = 0) -> None:
-        surplus = self._granules - self._held_granules() - keep_pages * self._page_granules
+    def _return_surplus(self) -> None:
+        surplus = self._granules - self._held_granules()
         if surplus > 0:
             self._owner.release(self._kind, surplus)
             self._granules -= surplus

@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
-from prism_sgl.allocator import weights
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner
-from prism_sgl.allocator.vmm import DeviceFullError
 from prism_sgl.allocator.vmm_cuda import CudaArena, page_lock
 from prism_sgl.allocator.weights import Image, Layout, WeightsArena
 from prism_sgl.errors import VmmError
@@ -173,11 +171,9 @@ def test_a_shortage_changes_nothing(
     assert mapped_pages(arena) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("part_pages", [1, NUM_PAGES])
 def test_a_wake_that_fails_half_way_gives_back_what_it_took(
-    arena: WeightsArena, image: Image, backend: Backend, part_pages: int, monkeypatch: pytest.MonkeyPatch
+    arena: WeightsArena, image: Image, backend: Backend
 ) -> None:
-    monkeypatch.setattr(weights, "_PART_BYTES", part_pages * PAGE_BYTES)
     arena.adopt(image)
     assert arena.wake()
     arena.give_back(2)
@@ -246,36 +242,6 @@ def test_copies_of_a_page_locked_image_are_done_before_it_is_unlocked(owner: Own
     assert card.made.count("page_lock") == 1
     vmm.close()
     image.close()
-    card.insist_empty()
-
-
-def test_a_wake_begins_to_copy_before_all_is_mapped(
-    owner: Owner, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a device that is full in the middle gets everything back, though copies are under way."""
-    monkeypatch.setattr(weights, "_PART_BYTES", PAGE_BYTES)
-    card = FakeDriver()
-    vmm = CudaArena("weights", NUM_PAGES, PAGE_BYTES, zeroed=False, calls=card)
-    arena = WeightsArena(vmm, owner, image)
-    card.made.clear()
-    assert arena.wake()
-    assert [call for call in card.made if call in ("map", "copy_in")] == ["map", "copy_in"] * NUM_PAGES
-    arena.sleep()
-    really_map = vmm.map
-
-    def full_for_the_last(runs: Sequence[range]) -> None:
-        if any(NUM_PAGES - 1 in run for run in runs):
-            raise DeviceFullError("full")
-        really_map(runs)
-
-    monkeypatch.setattr(vmm, "map", full_for_the_last)
-    assert not arena.wake()
-    assert (arena.leased_granules, vmm.mapped_bytes, owner.held(Kind.WEIGHTS)) == (0, 0, 0)
-    assert arena.device_is_short
-    monkeypatch.setattr(vmm, "map", really_map)
-    assert arena.wake()
-    assert holds(arena, image)
-    vmm.close()
     card.insist_empty()
 
 
