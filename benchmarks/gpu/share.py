@@ -5,9 +5,9 @@
 Ours only: two 8B and two 1B runtimes in one ledger whose budget is smaller than what they would like. An 8B asks while
 it decodes 12 requests of its own: first an idle victim whose prefix cache is full and fragmented by requests of many
 lengths that decoded side by side; then one that decodes; then one whose running requests hold so much that some must be
-sent back; then three idle neighbours with full caches. Between rounds the requester gives its KV back (it sleeps with
-its weights in place, and wakes) and the victims fill up again. Device time: about 3.4 minutes with the models in
-/dev/shm (80 s of them start-up); needs 62 GiB of card memory.
+sent back; then three idle neighbours with full caches. Idle: for 1.5 s. Between rounds the requester gives its KV back
+(it sleeps with its weights in place, and wakes) and the victims fill up again. Device time: about 3.4 minutes with the
+models in /dev/shm (80 s of them start-up); needs 62 GiB of card memory.
 
 The requester asks by ``prism_grow`` (scheduler_side.py): as for a request that waits, at its safe points between decode
 steps. The time is its scheduler's, from the arrival of that call to the last of 8 GiB mapped beside what was free. A
@@ -38,6 +38,7 @@ from prism_sgl.units import GRANULE_BYTES
 MOVED_BYTES = 8 * GIB
 TOKENS_OF_GIB = GIB / (128 * 1024)  # an 8B's
 SENT_BACK_ROUNDS = 2
+IDLE_S = 1.5  # an engine that was idle for a second has looked at its cache in advance (Giving.look_ahead)
 # Almost 2 s at 12 requests: longer than a victim takes to send requests back (0.25 s until it may, 0.4 s to do it).
 # A requester that has ended wants no memory, so the victim's waiting requests take what is left of it.
 LONG_ANSWER = 340
@@ -289,6 +290,7 @@ def run(args: argparse.Namespace) -> None:
             moves = Moves()
             for _ in range(args.rounds):
                 seed = fill(card, requester, [victim], seed, moves)
+                time.sleep(IDLE_S)
                 move_once(card, requester, [victim], moves, work(seed))
                 seed += 1000
             report(results, what, moves, 0.030, unchanged())
@@ -322,6 +324,7 @@ def run(args: argparse.Namespace) -> None:
                 moves = Moves()
                 for _ in range(max(2, args.rounds - 2)):
                     seed = fill(card, requester, victims, seed, moves)
+                    time.sleep(IDLE_S)
                     move_once(card, requester, victims, moves, work(seed))
                     seed += 1000
                 report(results, what, moves, 0.030, unchanged())

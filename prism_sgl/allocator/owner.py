@@ -228,6 +228,15 @@ class Owner:
             doorbell.ring(bell)
         return posted
 
+    def owed(self) -> int:
+        """Granules that neighbours were asked for, have not given yet, and may still give in time."""
+        if not self._posted:
+            return 0
+        now_ns = time.monotonic_ns()
+        with self._table.lock:
+            owners = {owner.slot: owner for owner in self._table.owners()}
+            return sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
+
     def overdue_victims(self) -> list[str]:
         """Names of those that have not given in time what we have a right to: asked again, and others instead."""
         now_ns = time.monotonic_ns()

@@ -12,8 +12,8 @@ has its memory already.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,25 +29,47 @@ Ints = npt.NDArray[np.int64]
 _ROUND = 4
 
 
-@dataclass(frozen=True)
 class Look:
-    """What lies on which page at one moment. Of use until tree or allocator are used."""
+    """What lies on which page at one moment. Good for one eviction, as long as it ``holds``.
 
-    used: Ints  # ElasticBlocks.used_per_page
-    nodes: list[Any]  # that no running request holds, parents before children
-    node_pages: npt.NDArray[np.int32]  # [blocks]: the page of each of their blocks, one node after the other
-
-
-def look(tree: Any, allocator: ElasticAllocator) -> Look:
-    """``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279). The device is waited for once.
-
-    Each wait is for a turn on the card, which takes milliseconds while another process computes there. So the card
-    makes one run of numbers, four bytes each, and all the rest is done here.
+    To wait for the device is to wait for a turn on the card, which takes milliseconds while another process computes
+    there. So it is waited for once: the card makes one run of numbers, four bytes each, and the rest is done here.
     """
-    nodes = _unlocked_nodes(tree)
-    numbers = _numbers_of([node.value for node in nodes], allocator)
-    num_pages = allocator.elastic.pages.num_pages
-    return Look(allocator.used_per_page(numbers[:num_pages]), nodes, numbers[num_pages:])
+
+    def __init__(self, tree: Any, allocator: ElasticAllocator) -> None:
+        """``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279)."""
+        self.tree = tree
+        self.allocator = allocator
+        self.nodes = _unlocked_nodes(tree)
+        self._lengths = [len(node.value) for node in self.nodes]
+        self._free = allocator.free_pages, allocator.release_pages
+        numbers = _numbers_of([node.value for node in self.nodes], allocator).cpu().numpy()
+        num_pages = allocator.elastic.pages.num_pages
+        self.used = allocator.used_per_page(numbers[:num_pages])
+        self._node_pages = numbers[num_pages:]
+
+    @functools.cached_property
+    def cuts(self) -> _Cuts | None:
+        """None: there is nothing to cut."""
+        if not self.nodes:
+            return None
+        return _Cuts(self.nodes, self._node_pages, self.used, self.allocator.page_size)
+
+    def prepare(self) -> None:
+        """All that an eviction needs and that does not depend on how much of it."""
+        _ = self.cuts
+
+    @property
+    def holds(self) -> bool:
+        """Nothing was allocated, freed, cached or locked since. A list of free blocks that changes is a new one."""
+        lists = self.allocator.free_pages, self.allocator.release_pages
+        nodes = _unlocked_nodes(self.tree)
+        return (
+            all(now is then for now, then in zip(lists, self._free, strict=True))
+            and len(nodes) == len(self.nodes)
+            and all(now is then for now, then in zip(nodes, self.nodes, strict=True))
+            and [len(node.value) for node in nodes] == self._lengths
+        )
 
 
 class Eviction:
@@ -56,24 +78,20 @@ class Eviction:
     Neither tree nor allocator may be used between the look and ``carry_out``.
     """
 
-    def __init__(self, seen: Look, tree: Any, allocator: ElasticAllocator, num_pages: int) -> None:
-        self._tree = tree
-        self._allocator = allocator
-        self._nodes = list(seen.nodes)
+    def __init__(self, look: Look, num_pages: int) -> None:
+        self._look = look
         self._keep: list[int] = []  # blocks that each node keeps
         self.pages: list[int] = []  # that hold nothing once it is carried out, highest first
-        if num_pages > 0 and self._nodes:
-            cuts = _Cuts(seen, allocator.page_size)
+        if num_pages > 0 and (cuts := look.cuts) is not None:
             self.pages = cuts.choose(num_pages)
             self._keep = cuts.keep[:-1].tolist()
 
     def carry_out(self) -> None:
         """Take the cut tails and nodes out of the tree, children first."""
-        tree = self._tree
+        tree, allocator = self._look.tree, self._look.allocator
         lost = []
-        for blocks in reversed(self._keep):
-            node = self._nodes.pop()
-            kept = blocks * self._allocator.page_size
+        for index in reversed(range(len(self._keep))):
+            node, kept = self._look.nodes[index], self._keep[index] * allocator.page_size
             if kept == len(node.value):
                 continue
             if kept:
@@ -83,12 +101,13 @@ class Eviction:
             tree._record_remove_event(node)
         if lost:
             # Tree values are block-aligned copies of a request's row (radix_cache.py:579), and so are they together.
-            self._allocator.free_segment(torch.cat(lost), start_pos=0)
+            allocator.free_segment(torch.cat(lost), start_pos=0)
 
 
 def rehearse(allocator: ElasticAllocator) -> None:
     """Have the device load what a look at the tree needs (ElasticBlocks.rehearse says why)."""
-    _numbers_of([torch.zeros(allocator.page_size, dtype=torch.int64, device=allocator.device)] * 2, allocator)
+    one = torch.zeros(allocator.page_size, dtype=torch.int64, device=allocator.device)
+    _numbers_of([one] * 2, allocator).cpu()
 
 
 class _Cuts:
@@ -98,8 +117,8 @@ class _Cuts:
     for the parent of those that have none here; it has no blocks, so it loses none.
     """
 
-    def __init__(self, seen: Look, block_tokens: int) -> None:
-        nodes, used, pages = seen.nodes, seen.used, seen.node_pages
+    def __init__(self, nodes: list[Any], pages: npt.NDArray[np.int32], used: Ints, block_tokens: int) -> None:
+        """``pages``: ``[blocks]``, of each block of these nodes, one node after the other."""
         self._length = np.array([len(node.value) // block_tokens for node in nodes] + [0], dtype=np.int64)
         start = np.concatenate(([0], np.cumsum(self._length[:-1])))
         self.keep = self._length.copy()
@@ -175,14 +194,13 @@ class _Cuts:
             self.keep[level[self.keep[parent] < self._length[parent]]] = 0
 
 
-def _numbers_of(values: Sequence[torch.Tensor], allocator: ElasticAllocator) -> npt.NDArray[np.int32]:
-    """``[num_pages + blocks]``: free blocks of each page, then the page of each block of these nodes' values."""
+def _numbers_of(values: Sequence[torch.Tensor], allocator: ElasticAllocator) -> torch.Tensor:
+    """``[num_pages + blocks]`` int32, on the device: free blocks of each page, then each page of the values' blocks."""
     parts = [allocator.free_per_page()]
     if values:
         ids = torch.cat(list(values))[:: allocator.page_size] // allocator.page_size
         parts.append(allocator.layout.pages(ids).to(torch.int32))
-    numbers: npt.NDArray[np.int32] = torch.cat(parts).cpu().numpy()
-    return numbers
+    return torch.cat(parts)
 
 
 def _unlocked_nodes(tree: Any) -> list[Any]:

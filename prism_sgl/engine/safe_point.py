@@ -25,6 +25,10 @@ _GROW_PAGES = 4
 # The last running request waits this long for its runtime's floor before SGLang may abort it.
 _FLOOR_TIMEOUT_S = 60.0
 _RETRY_S = 0.002
+# What neighbours are about to give is taken when all of it is there, if it comes within so long. Unmapping in one
+# process and mapping in another stand in each other's way: beside a victim's unmapping each page of 128 MiB took 1 ms
+# to map, after it 0.1 to 0.2 (H200, 2026-11-29).
+_COMES_WITHIN_S = 0.05
 
 
 class SafePoint:
@@ -38,6 +42,7 @@ class SafePoint:
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
         self.giving = Giving(scheduler, memory)
+        self._was_idle = False
         self._asked_at = -math.inf
         self._tried_at = -math.inf
 
@@ -62,6 +67,12 @@ class SafePoint:
         self.allocator.tidy()
         short = self._grow_for_work(running_batch)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
+        self._prepare_to_be_asked(
+            plan.batch_to_run is None
+            and last_batch is None
+            and running_batch.is_empty()
+            and not self.scheduler.waiting_queue
+        )
         if plan.batch_to_run is None and self.scheduler.waiting_queue and short:
             # Admission waits for memory that a neighbour holds; without this pause the loop would spin on it.
             self.memory.bell.wait(_RETRY_S)
@@ -71,6 +82,14 @@ class SafePoint:
         """What neighbours are owed does not go to new requests. A prefill that is half done goes on all the same."""
         if self.giving.owes or self.asleep:
             running_batch.batch_is_full = True
+
+    def _prepare_to_be_asked(self, idle: bool) -> None:
+        """From the second idle turn on, which comes after the first one's sleep of a second: nobody waits for this."""
+        if not idle:
+            self.giving.forget()
+        elif self._was_idle:
+            self.giving.look_ahead()
+        self._was_idle = idle
 
     # -- growing
 
@@ -85,7 +104,7 @@ class SafePoint:
         lacking = waiting + running - self.allocator.available_size()
         wanted = min(lacking, room)
         pause_s = strangers.RETRY_S if self._device_was_short else _RETRY_S
-        if wanted > 0 and time.monotonic() - self._tried_at > pause_s:
+        if wanted > 0 and time.monotonic() - self._tried_at > pause_s and not self._is_coming(wanted):
             self._tried_at = time.monotonic()
             gained = self.grow(wanted)
             wanted -= gained
@@ -104,6 +123,12 @@ class SafePoint:
             self.memory.ask_neighbours(granules(self._bytes_for(missing)))
         self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
         return self.giving.owes or bool(lacking > self.tree.evictable_size())
+
+    def _is_coming(self, tokens: int) -> bool:
+        """Neighbours are giving what is missing of so much."""
+        if time.monotonic() - self._asked_at > _COMES_WITHIN_S or not self.memory.owner.owed():
+            return False
+        return self.memory.ledger.totals().free < granules(self._bytes_for(tokens))
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""

@@ -133,6 +133,7 @@ def prism_sleep(scheduler: Any, keep_weights: bool, preempt: bool = False) -> No
         memory.device.synchronize()
         if memory.arrival is not None:
             memory.arrival.wait()
+        point.giving.forget()
         point.allocator.drop_all()
         memory.device.trim()
         memory.overhead.settle(0, 0.0)

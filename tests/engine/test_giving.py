@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import weakref
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner
 from prism_sgl.engine.giving import Giving
@@ -211,9 +216,14 @@ def test_many_are_sent_back_with_few_looks_at_the_device(
     assert len(looks) <= 4, "one to see what is free, one for what they held, and for ends of pages"
 
 
-def test_choosing_waits_for_the_device_once(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("looked_ahead", "expected"), [(False, ["cpu", "numpy"]), (True, [])])
+def test_choosing_waits_for_the_device_once_or_has_done_so(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, looked_ahead: bool, expected: list[str]
+) -> None:
     """Beside a busy neighbour on the card each wait takes milliseconds."""
     victim.elastic.cache(list(range(1200)))
+    if looked_ahead:
+        victim.giving.look_ahead()
     asker = neighbour(victim.elastic.ledger, floor=0)
     victim.elastic.owner.set_activity(False, 0, 2)
     asker.post_targets(8, 60.0)
@@ -235,4 +245,53 @@ def test_choosing_waits_for_the_device_once(victim: Victim, monkeypatch: pytest.
     monkeypatch.setattr(victim.elastic.allocator, "drop_pages", stop)
     with pytest.raises(InterruptedError):
         victim.safe_point()
-    assert waits == ["cpu", "numpy"]
+    assert waits == expected
+
+
+def split_the_prompt(victim: Victim) -> None:
+    """Another prompt with the same beginning was looked for: two nodes where one was."""
+    victim.elastic.cached([*range(100), 7777])
+
+
+def cache_another(victim: Victim) -> None:
+    victim.elastic.cache([5000 + n for n in range(200)])
+
+
+def hold_it(victim: Victim) -> None:
+    found = victim.elastic.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", range(600)))))
+    victim.elastic.tree.inc_lock_ref(found.last_device_node)
+
+
+@pytest.mark.parametrize("change", [split_the_prompt, cache_another, hold_it, lambda victim: None])
+def test_what_was_seen_ahead_counts_only_while_nothing_has_changed(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, change: Callable[[Victim], None]
+) -> None:
+    victim.elastic.cache(list(range(600)))
+    victim.giving.look_ahead()
+    looks: list[int] = []
+    really_look = victim.elastic.allocator.used_per_page
+
+    def look(free: Any) -> Any:
+        looks.append(1)
+        return really_look(free)
+
+    monkeypatch.setattr(victim.elastic.allocator, "used_per_page", look)
+    change(victim)
+    victim.elastic.owner.set_activity(False, 0, 2)
+    asker = neighbour(victim.elastic.ledger, floor=0)
+    asker.post_targets(NUM_PAGES, 60.0)
+    victim.safe_point()
+    assert len(looks) == (change.__name__ != "<lambda>")
+    held = 10 if change is hold_it else 0  # 600 tokens of 64 a page, with the padding one before them
+    assert victim.pages == max(held, 1)
+
+
+def test_what_was_seen_ahead_can_be_forgotten(victim: Victim) -> None:
+    slots = victim.elastic.cache(list(range(600)))
+    held = weakref.ref(victim.elastic.tree.root_node.children.copy().popitem()[1])
+    del slots
+    victim.giving.look_ahead()
+    victim.elastic.tree.reset()
+    victim.giving.forget()
+    gc.collect()
+    assert held() is None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prism_sgl.engine.page_eviction import Eviction, look
+from prism_sgl.engine.page_eviction import Eviction, Look
 from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
 
 TOKEN = 32 * 1024  # 64 tokens a page
@@ -34,7 +34,7 @@ def give_back(elastic: Elastic, pages: int) -> int:
 def evict(elastic: Elastic, pages: int) -> int:
     """Tokens lost. What is said to be empty afterwards is, and is all that is new."""
     before = elastic.allocator.empty_pages()
-    eviction = Eviction(look(elastic.tree, elastic.allocator), elastic.tree, elastic.allocator, pages)
+    eviction = Eviction(Look(elastic.tree, elastic.allocator), pages)
     cached = elastic.tree.evictable_size()
     eviction.carry_out()
     lost = cached - elastic.tree.evictable_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import DeviceFullError, num_pages_in
+from prism_sgl.engine import safe_point
 from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.engine.safe_point import SafePoint
 from prism_sgl.engine.strangers import Strangers
@@ -46,6 +48,7 @@ class Runtime:
             overhead=SimpleNamespace(look=lambda *, in_a_hurry: self.in_a_hurry.append(in_a_hurry)),
             arrival=None,
             ask_neighbours=self.asked.append,
+            ledger=elastic.ledger,
             strangers=Strangers("gpu0"),
             device_is_short=False,
         )
@@ -68,10 +71,10 @@ class Runtime:
             SimpleNamespace(origin_input_ids=prompt, output_ids=[], sampling_params=sampling)
         ]
 
-    def turn(self, last_batch: object = None) -> None:
+    def turn(self, last_batch: object = None, *, batch: object = "a batch") -> None:
         self.point._tried_at = 0.0  # as if the pause between two tries were over
         running = SimpleNamespace(reqs=[], batch_is_full=False, is_empty=lambda: True)
-        plan = SimpleNamespace(batch_to_run=object())
+        plan = SimpleNamespace(batch_to_run=batch)
         self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, running, last_batch)
 
 
@@ -142,3 +145,53 @@ def test_no_first_token_waits_for_a_look_at_torchs_memory(runtime: Runtime) -> N
     runtime.turn(prefill)
     runtime.turn(decode)
     assert runtime.in_a_hurry == [False, True, True, False]
+
+
+def test_what_neighbours_are_giving_is_taken_when_all_of_it_has_come(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To map beside their unmapping takes ten times as long."""
+    ledger, owner, point = runtime.elastic.ledger, runtime.elastic.owner, runtime.point
+    victim = ledger.join("victim", floor=0, ceiling=NUM_PAGES, priority=0, bell="")
+    victim.set_state(RuntimeState.AWAKE)
+    victim.set_activity(False, 0, 1)
+    assert victim.try_reserve(Kind.KV, NUM_PAGES)
+    monkeypatch.setattr(point.memory, "ask_neighbours", lambda wanted: owner.post_targets(wanted, 60.0))
+    monkeypatch.setattr(safe_point, "_COMES_WITHIN_S", 60.0)
+    runtime.wait_for(9)
+    runtime.turn()
+    assert owner.owed() == 8
+    for _ in range(7):
+        victim.release(Kind.KV, 1)
+        runtime.turn()
+        assert owner.held(Kind.KV) == 1
+    victim.release(Kind.KV, 1)
+    runtime.turn()
+    assert owner.held(Kind.KV) == 9 and not owner.owed()
+    runtime.wait_for(15)
+    point._asked_at = -math.inf  # as if the pause between two asks were over
+    runtime.turn()
+    assert owner.owed() == 6
+    victim.release(Kind.KV, 1)
+    runtime.turn()
+    assert owner.held(Kind.KV) == 9
+    monkeypatch.setattr(safe_point, "_COMES_WITHIN_S", 0.0)
+    runtime.turn()
+    assert owner.held(Kind.KV) == 10, "a victim that takes long holds nobody up"
+
+
+def test_an_idle_engine_prepares_to_be_asked_once_it_has_slept(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the first idle turn: then the next request of the same client may be on its way."""
+    done: list[str] = []
+    monkeypatch.setattr(runtime.point.giving, "look_ahead", lambda: done.append("look"))
+    monkeypatch.setattr(runtime.point.giving, "forget", lambda: done.append("forget"))
+    runtime.turn()
+    runtime.turn(batch=None)
+    assert done == ["forget"]
+    runtime.turn(batch=None)
+    assert done == ["forget", "look"]
+    runtime.wait_for(2)
+    runtime.turn(batch=None)
+    assert done == ["forget", "look", "forget"]
