@@ -197,18 +197,24 @@ def test_an_idle_victim_gives_its_cache(victim: Victim) -> None:
     assert victim.pages == 1 and not victim.giving.owes
 
 
-def test_many_are_sent_back_with_few_looks_at_the_device(
-    victim: Victim, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = [victim.run(PAGE_TOKENS, 0) for _ in range(NUM_PAGES)]
+def count_looks(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each look at what is used on which page."""
     looks: list[int] = []
     really_look = victim.elastic.allocator.used_per_page
 
-    def look(free: object) -> object:
+    def look(free: Any) -> Any:
         looks.append(1)
         return really_look(free)
 
     monkeypatch.setattr(victim.elastic.allocator, "used_per_page", look)
+    return looks
+
+
+def test_many_are_sent_back_with_few_looks_at_the_device(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [victim.run(PAGE_TOKENS, 0) for _ in range(NUM_PAGES)]
+    looks = count_looks(victim, monkeypatch)
     ask_in_vain(neighbour(victim.elastic.ledger, floor=12), 12)
     victim.safe_point()
     assert not victim.giving.owes and 11 <= len(victim.queue) < NUM_PAGES
@@ -268,14 +274,7 @@ def test_what_was_seen_ahead_counts_only_while_nothing_has_changed(
 ) -> None:
     victim.elastic.cache(list(range(600)))
     victim.giving.look_ahead()
-    looks: list[int] = []
-    really_look = victim.elastic.allocator.used_per_page
-
-    def look(free: Any) -> Any:
-        looks.append(1)
-        return really_look(free)
-
-    monkeypatch.setattr(victim.elastic.allocator, "used_per_page", look)
+    looks = count_looks(victim, monkeypatch)
     change(victim)
     victim.elastic.owner.set_activity(False, 0, 2)
     asker = neighbour(victim.elastic.ledger, floor=0)

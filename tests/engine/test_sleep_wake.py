@@ -49,7 +49,13 @@ class Sleeper:
         assert self.weights.wake()
         self.settled: list[int] = []
         self.activations_fit = True
-        self.point = SimpleNamespace(asleep=False, allocator=elastic.allocator, grow=self._grow)
+        self.done: list[str] = []  # of what keeps memory of torch's
+        self.point = SimpleNamespace(
+            asleep=False,
+            allocator=elastic.allocator,
+            grow=self._grow,
+            giving=SimpleNamespace(forget=lambda: self.done.append("forget")),
+        )
         self.memory = Memory(
             owner=self.owner,
             spec=SimpleNamespace(device="gpu0"),
@@ -57,7 +63,7 @@ class Sleeper:
             kv=elastic.pool,
             arrival=SimpleNamespace(begin=lambda: None, wait=lambda: None),
             safe_point=self.point,
-            device=SimpleNamespace(synchronize=lambda: None, trim=lambda: None),
+            device=SimpleNamespace(synchronize=lambda: None, trim=lambda: self.done.append("trim")),
             overhead=SimpleNamespace(settle=self._settle, cap=lambda: None),
             bell=SimpleNamespace(wait=lambda seconds: None),
             strangers=Strangers("gpu0"),
@@ -121,6 +127,7 @@ def test_sleep_and_wake(sleeper: Sleeper) -> None:
     prism_sleep(sleeper.scheduler, keep_weights=False)
     assert sleeper.owner.held(Kind.WEIGHTS) == sleeper.owner.held(Kind.KV) == 0
     assert sleeper.owner.view.state is RuntimeState.ASLEEP
+    assert sleeper.done == ["forget", "trim"], "what was seen ahead keeps blocks of torch's from being freed"
     prism_wake(sleeper.scheduler, timeout_s=1.0, wait=True)
     assert sleeper.owner.held(Kind.WEIGHTS) == WEIGHT_PAGES
     assert sleeper.owner.view.state is RuntimeState.AWAKE
