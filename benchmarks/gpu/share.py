@@ -6,7 +6,7 @@ Ours only: two 8B and two 1B runtimes in one ledger whose budget is smaller than
 it decodes 12 requests of its own: first an idle victim whose prefix cache is full and fragmented by requests of many
 lengths that decoded side by side; then one that decodes; then one whose running requests hold so much that some must be
 sent back; then three idle neighbours with full caches. Idle: for 1.5 s. Between rounds the requester gives its KV back
-(it sleeps with its weights in place, and wakes) and the victims fill up again. Device time: about 3.4 minutes with the
+(it sleeps with its weights in place, and wakes) and the victims fill up again. Device time: about 4 minutes with the
 models in /dev/shm (80 s of them start-up); needs 62 GiB of card memory.
 
 The requester asks by ``prism_grow`` (scheduler_side.py): as for a request that waits, at its safe points between decode

@@ -29,6 +29,7 @@ _RETRY_S = 0.002
 # process and mapping in another stand in each other's way: beside a victim's unmapping each page of 128 MiB took 1 ms
 # to map, after it 0.1 to 0.2 (H200, 2026-11-29).
 _COMES_WITHIN_S = 0.05
+_STEPS_MEANWHILE = 32  # of decoding, at most: a 1B's step takes 2 ms
 
 
 class SafePoint:
@@ -104,7 +105,11 @@ class SafePoint:
         lacking = waiting + running - self.allocator.available_size()
         wanted = min(lacking, room)
         pause_s = strangers.RETRY_S if self._device_was_short else _RETRY_S
-        if wanted > 0 and time.monotonic() - self._tried_at > pause_s and not self._is_coming(wanted):
+        if (
+            wanted > 0
+            and time.monotonic() - self._tried_at > pause_s
+            and not self._is_coming(wanted, running_batch)
+        ):
             self._tried_at = time.monotonic()
             gained = self.grow(wanted)
             wanted -= gained
@@ -124,9 +129,14 @@ class SafePoint:
         self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
         return self.giving.owes or bool(lacking > self.tree.evictable_size())
 
-    def _is_coming(self, tokens: int) -> bool:
-        """Neighbours are giving what is missing of so much."""
+    def _is_coming(self, tokens: int, running_batch: Any) -> bool:
+        """Neighbours are giving what is missing of so much, and running requests can wait for it: who runs out of KV
+        meanwhile would be sent back to the queue, so then what has come is taken at once.
+        """
         if time.monotonic() - self._asked_at > _COMES_WITHIN_S or not self.memory.owner.owed():
+            return False
+        soon = len(running_batch.reqs) * (_STEPS_MEANWHILE + self.allocator.page_size)
+        if self.allocator.available_size() + self.tree.evictable_size() < soon:
             return False
         return self.memory.ledger.totals().free < granules(self._bytes_for(tokens))
 

@@ -71,11 +71,15 @@ class Runtime:
             SimpleNamespace(origin_input_ids=prompt, output_ids=[], sampling_params=sampling)
         ]
 
-    def turn(self, last_batch: object = None, *, batch: object = "a batch") -> None:
+    def turn(self, last_batch: object = None, *, batch: object = "a batch", running: int = 0) -> None:
+        """``running``: requests that decode."""
         self.point._tried_at = 0.0  # as if the pause between two tries were over
-        running = SimpleNamespace(reqs=[], batch_is_full=False, is_empty=lambda: True)
+        request = SimpleNamespace(output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=8))
+        decoding = SimpleNamespace(
+            reqs=[request] * running, batch_is_full=False, is_empty=lambda: not running
+        )
         plan = SimpleNamespace(batch_to_run=batch)
-        self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, running, last_batch)
+        self.point.next_batch(lambda scheduler, running_batch, last_batch: plan, decoding, last_batch)
 
 
 @pytest.fixture
@@ -175,9 +179,17 @@ def test_what_neighbours_are_giving_is_taken_when_all_of_it_has_come(
     victim.release(Kind.KV, 1)
     runtime.turn()
     assert owner.held(Kind.KV) == 9
+    runtime.scheduler.max_running_requests = 32
+    runtime.turn(running=17)
+    assert owner.held(Kind.KV) == 9
+    runtime.turn(running=18)  # 575 tokens are free, 594 may be written until all has come
+    assert owner.held(Kind.KV) == 10, "requests that run would run out"
+    victim.release(Kind.KV, 1)
+    runtime.turn()
+    assert owner.held(Kind.KV) == 10
     monkeypatch.setattr(safe_point, "_COMES_WITHIN_S", 0.0)
     runtime.turn()
-    assert owner.held(Kind.KV) == 10, "a victim that takes long holds nobody up"
+    assert owner.held(Kind.KV) == 11, "a victim that takes long holds nobody up"
 
 
 def test_an_idle_engine_prepares_to_be_asked_once_it_has_slept(
