@@ -143,7 +143,7 @@ class StandInRuntime(StandInEngine):
                 deadline = time.monotonic() + 5.0
                 while not owner.try_reserve(Kind.KV, kwargs["size_bytes"] // GRANULE_BYTES):
                     assert time.monotonic() < deadline
-                print("grow: 8192 MiB more after 12.34 ms turns at 0.0", flush=True)
+                print("grow: 8192 MiB more after 12.34 ms, turns at 0.0", flush=True)
 
     def _answer(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.gpu.children import Child, ChildError, Engine
 from benchmarks.gpu.installed import attention_backend, kvcached_environment
 from benchmarks.gpu.session import say
+from prism_sgl.allocator.ledger_views import OwnerView
 from prism_sgl.units import GRANULE_BYTES
 
 PAGE_BYTES = 128 << 20
@@ -81,6 +82,10 @@ class Card:
         self.ledger.close()
         self._keep_logs()
         shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def owner(self, engine: Engine) -> OwnerView:
+        """What the ledger says of this one of our runtimes."""
+        return next(o for o in self.ledger.owners() if o.name.startswith(f"{engine.name}@"))
 
     def child(self, name: str) -> Child:
         """A process with the verbs of ``card_process.py``."""

@@ -69,7 +69,7 @@ def held_mib(pids: Sequence[int]) -> float:
 
 
 def leased_mib(card: Card, engine: Engine) -> dict[str, float]:
-    owner = next(o for o in card.ledger.owners() if o.name.startswith(f"{engine.name}@"))
+    owner = card.owner(engine)
     return {"weights": owner.weights * 2.0, "KV": owner.kv * 2.0, "overhead": owner.overhead * 2.0}
 
 

@@ -32,7 +32,6 @@ from benchmarks.gpu.models import ensure_models
 from benchmarks.gpu.nvml import GIB, MIB
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.session import bounded, open_results, say
-from prism_sgl.allocator.ledger_views import OwnerView
 from prism_sgl.units import GRANULE_BYTES
 
 MOVED_BYTES = 8 * GIB
@@ -116,10 +115,6 @@ def fill(
     return seed
 
 
-def owner(card: Card, engine: Engine) -> OwnerView:
-    return next(o for o in card.ledger.owners() if o.name.startswith(f"{engine.name}@"))
-
-
 def held(card: Card) -> str:
     owners = sorted(card.ledger.owners(), key=lambda owner: owner.name)
     return ", ".join(f"{o.name.split('@')[0]} {o.kv * 2 / 1024:.1f} GiB of KV" for o in owners)
@@ -130,7 +125,7 @@ def move_once(
 ) -> None:
     """``meanwhile``: what the requester decodes."""
     say(f"before: {held(card)}")
-    moves.floor_bytes = owner(card, requester).floor * GRANULE_BYTES
+    moves.floor_bytes = card.owner(requester).floor * GRANULE_BYTES
     mark, marks = requester.log_mark(), [victim.log_mark() for victim in victims]
     moves.count(requester.act_amid(grow(MOVED_BYTES), meanwhile))
     came = requester.log_matches(GREW, mark, wait_s=6.0)
@@ -227,7 +222,7 @@ def report_sent_back(results: Results, what: str, moves: Moves) -> None:
 @contextlib.contextmanager
 def right_to(card: Card, requester: Engine) -> Iterator[None]:
     """What the requester asks for lies below its floor meanwhile, with all that it has and finds free before."""
-    floor_bytes = owner(card, requester).kv * GRANULE_BYTES + free_bytes(card) + MOVED_BYTES + GIB
+    floor_bytes = card.owner(requester).kv * GRANULE_BYTES + free_bytes(card) + MOVED_BYTES + GIB
     requester.act(quota(floor_bytes, card.budget_bytes))
     try:
         yield

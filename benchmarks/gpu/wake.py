@@ -217,7 +217,7 @@ def measure_partial(card: Card, engine: Engine, results: Results, cycles: int) -
     """A model that was asleep with its weights in place, and lost 30 % of them to a neighbour."""
 
     def held() -> int:
-        return next(o.weights for o in card.ledger.owners() if o.name.startswith(engine.name))
+        return card.owner(engine).weights
 
     before_ids = engine.greedy(QUESTIONS)
     empty_s = statistics.median(engine.act(EMPTY_RPC, 10))

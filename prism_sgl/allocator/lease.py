@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from prism_sgl.allocator import crash_points
 from prism_sgl.allocator.ledger import Kind, Owner
-from prism_sgl.allocator.vmm import GRANULE_BYTES, DeviceFullError, Vmm, in_parts, num_pages_in
+from prism_sgl.allocator.vmm import GRANULE_BYTES, DeviceFullError, Vmm, num_pages_in
 
-# What is given back goes to the ledger in steps, so that a neighbour maps the first pages while others are unmapped.
+# What is given back goes to the ledger in steps, so that a neighbour who lacks little need not wait for the last page.
 _UNMAPPED_AT_ONCE = 8
 
 
@@ -72,8 +72,7 @@ class Lease:
         Raises:
             VmmError: the driver failed. What no longer holds memory has been returned, the rest stays leased.
         """
-        pages = [range(page, page + 1) for run in runs for page in run]
-        for part in in_parts(pages, _UNMAPPED_AT_ONCE) or [[]]:  # none: the arena then frees what was stuck
+        for part in _parts(runs, _UNMAPPED_AT_ONCE) or [[]]:  # none: the arena then frees what was stuck
             try:
                 self._vmm.unmap(part)
             finally:
@@ -92,3 +91,9 @@ class Lease:
         if surplus > 0:
             self._owner.release(self._kind, surplus)
             self._granules -= surplus
+
+
+def _parts(runs: Sequence[range], num_pages: int) -> list[list[range]]:
+    """The same pages in the same order, at most so many in each part."""
+    pages = [range(page, page + 1) for run in runs for page in run]
+    return [pages[start : start + num_pages] for start in range(0, len(pages), num_pages)]

@@ -215,7 +215,7 @@ class Owner:
             self._insist_alive()
             owners = {owner.slot: owner for owner in self._table.owners()}
             self._posted = [post for post in self._posted if _owed(post, owners) > 0]
-            coming = sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
+            coming = self._coming(owners, now_ns)
             late = [post.bell for post in self._posted if post.target.overdue(now_ns)]
             self._ask(granules, now_ns, deadline_ns)
             missing = granules - max(0, self._table.free() - self._asked_before_me())
@@ -235,7 +235,7 @@ class Owner:
         now_ns = time.monotonic_ns()
         with self._table.lock:
             owners = {owner.slot: owner for owner in self._table.owners()}
-            return sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
+            return self._coming(owners, now_ns)
 
     def overdue_victims(self) -> list[str]:
         """Names of those that have not given in time what we have a right to: asked again, and others instead."""
@@ -244,6 +244,10 @@ class Owner:
             owners = {owner.slot: owner for owner in self._table.owners()}
             late = [p for p in self._posted if p.target.overdue(now_ns) and _owed(p, owners) > 0]
         return sorted({p.name for p in late if owners[p.slot].elastic > p.target.enforced})
+
+    def _coming(self, owners: dict[int, OwnerView], now_ns: int) -> int:
+        """What victims owe to this owner and are not late with."""
+        return sum(_owed(post, owners) for post in self._posted if not post.target.overdue(now_ns))
 
     def _ask(self, granules: int, now_ns: int, deadline_ns: int) -> None:
         """Say that we wait, keeping our place in the line if we did already."""

@@ -7,26 +7,16 @@ pages come and go. There are two backends: ``vmm_host.py`` (memfd and mmap) and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NewType, Protocol, TypeVar
+from typing import NewType, Protocol
 
 import numpy as np
 
 from prism_sgl.errors import VmmError
 from prism_sgl.units import GRANULE_BYTES
 
-__all__ = [
-    "GRANULE_BYTES",
-    "DeviceFullError",
-    "PageId",
-    "Vmm",
-    "address_of",
-    "in_parts",
-    "merge_runs",
-    "num_pages_in",
-]
+__all__ = ["GRANULE_BYTES", "DeviceFullError", "PageId", "Vmm", "address_of", "merge_runs", "num_pages_in"]
 
 PageId = NewType("PageId", int)
-T = TypeVar("T")
 
 
 class DeviceFullError(VmmError):
@@ -139,11 +129,6 @@ def merge_runs(runs: Iterable[range]) -> list[range]:
 def address_of(view: memoryview) -> int:
     """Where its bytes lie. They must be contiguous; read-only ones have an address too."""
     return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
-
-
-def in_parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The same in the same order, at most ``size`` in each part."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def num_pages_in(runs: Iterable[range]) -> int:

@@ -68,7 +68,7 @@ class WeightsArena:
 
     def unmapped_bytes(self, end_bytes: int) -> int:
         """What ``materialise`` of the first ``end_bytes`` would take from the budget: whole pages."""
-        return len(self._absent(self._end_page(end_bytes))) * self.vmm.page_bytes
+        return num_pages_in(self._missing(self._end_page(end_bytes))) * self.vmm.page_bytes
 
     @property
     def image(self) -> Image | None:
@@ -88,8 +88,7 @@ class WeightsArena:
 
         False on shortage, with nothing changed.
         """
-        runs = _runs(self._absent(self._end_page(end_bytes)))
-        return not runs or (self._lease.reserve(num_pages_in(runs)) and self._lease.map(runs))
+        return self._map(self._missing(self._end_page(end_bytes)))
 
     def adopt(self, image: Image) -> None:
         """From now on these are the bytes that a wake brings back.
@@ -133,17 +132,17 @@ class WeightsArena:
         image = self._image
         if image is None:
             raise ValueError("there is no image to wake from")
-        absent = self._absent(self.vmm.num_pages)
-        if not self.materialise(self.vmm.size_bytes):
+        missing = self._missing(self.vmm.num_pages)
+        if not self._map(missing):
             return False
-        self._hollow.update(absent)
+        self._hollow.update(page for run in missing for page in run)
         try:
             view = image.readonly_view()
             for run in _runs(sorted(self._hollow)):
                 start, end = run.start * self.vmm.page_bytes, run.stop * self.vmm.page_bytes
                 self.vmm.copy_in(start, view[start:end])
         except BaseException:
-            self._unmap(_runs(absent))
+            self._unmap(missing)
             raise
         self._hollow.clear()
         return True
@@ -158,14 +157,17 @@ class WeightsArena:
     def _end_page(self, end_bytes: int) -> int:
         return -(-end_bytes // self.vmm.page_bytes)
 
-    def _absent(self, end: int) -> list[int]:
-        return [page for page in range(end) if not self.vmm.is_mapped(page)]
+    def _missing(self, end: int) -> list[range]:
+        return _runs([page for page in range(end) if not self.vmm.is_mapped(page)])
 
     def _unmap(self, runs: Sequence[range]) -> None:
         try:
             self._lease.unmap(runs)
         finally:
             self._hollow = {page for page in self._hollow if self.vmm.is_mapped(page)}
+
+    def _map(self, runs: Sequence[range]) -> bool:
+        return not runs or (self._lease.reserve(num_pages_in(runs)) and self._lease.map(runs))
 
 
 def _runs(pages: Sequence[int]) -> list[range]:

@@ -79,7 +79,7 @@ class Giving:
     # -- awake
 
     def look_ahead(self) -> None:
-        """Of an idle engine, which is asked before others: what an answer takes longest is known by then.
+        """For an idle engine, which is asked before others: what takes longest in choosing is done by then.
 
         A look and its arrays took 5 to 8 ms of a victim's time beside a decoding asker (H200, 2026-11-29).
         """

@@ -71,7 +71,7 @@ class Pair:
 
     def held(self) -> dict[str, int]:
         """Granules of ours in the ledger."""
-        owner = next(o for o in self.card.ledger.owners() if o.name.startswith(self.ours.name))
+        owner = self.card.owner(self.ours)
         return {"weights": owner.weights, "kv": owner.kv, "overhead": owner.overhead}
 
 
