@@ -70,7 +70,7 @@ class RuntimeMemory:
         self.weights: WeightsArena | None = None
         self.arrival: Arrival | None = None  # set with the weights
         self.overhead = Overhead(self)
-        self.strangers = Strangers(spec.device)
+        self.strangers = Strangers(spec.device, self.ledger, self.device.free_granules)
         self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
         self._told_late: list[str] = []
         self.safe_point: SafePoint | None = None  # set once the scheduler is complete (sleep_wake.bind)

@@ -116,7 +116,7 @@ class SafePoint:
             lacking -= gained
             running_batch.batch_is_full = False
         if not busy:
-            # Nobody waits any more, with what there is, so the next shortage is news again.
+            # Nobody waits any more, with what there is, so this is no shortage.
             self._device_was_short = False
             self.memory.strangers.look(False, enough=True)
         if waiting and running_batch.is_empty():

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
+
+from prism_sgl.allocator.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -12,11 +17,19 @@ LONGEST_RETRY_S = 0.5
 
 
 class Strangers:
-    """Tells when a shortage begins that only they explain, and when it is over: requests wait meanwhile."""
+    """Tells when a shortage begins that only they explain, and when it is over: requests wait meanwhile.
 
-    def __init__(self, device: str) -> None:
+    It is over when the device has free what the ledger says is free. That somebody got what he wanted is not enough:
+    beside a stranger a small wish comes true and the next one does not, and each would be news.
+    """
+
+    def __init__(self, device: str, ledger: Ledger, free_granules: Callable[[], int | None]) -> None:
+        """``free_granules``: what the device shows as free (``Device.free_granules``)."""
         self._device = device
+        self._ledger = ledger
+        self._free_granules = free_granules
         self._told = False
+        self._asked_at = -math.inf
 
     def look(self, device_is_short: bool, *, enough: bool) -> None:
         """After a try to map. ``device_is_short``: the ledger had room, the device had none. ``enough``: it got it."""
@@ -27,6 +40,16 @@ class Strangers:
                 "End that process, or lower memory in [[devices]]",
                 self._device,
             )
-        if self._told and enough and not device_is_short:
+        if self._told and enough and not device_is_short and self._are_gone():
             self._told = False
             log.info("%s has memory for waiting requests again", self._device)
+
+    def _are_gone(self) -> bool:
+        """Asks the driver, now and then: an idle engine may turn without a pause."""
+        if time.monotonic() - self._asked_at < LONGEST_RETRY_S:
+            return False
+        self._asked_at = time.monotonic()
+        # In this order: what a neighbour takes in between counts against it, and is looked at again.
+        granted = self._ledger.totals().free
+        free = self._free_granules()
+        return free is None or free >= granted

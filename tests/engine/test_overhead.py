@@ -33,7 +33,7 @@ class Card:
         self.caps: list[int] = []
         self.kv = self.weights = None
         self.device_is_short = False
-        self.strangers = Strangers("gpu0")
+        self.strangers = Strangers("gpu0", ledger, lambda: None)
         self.bell = SimpleNamespace(wait=lambda seconds: None)
         self.asked: list[int] = []
         self.ask_neighbours = self.asked.append

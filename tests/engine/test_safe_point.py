@@ -18,6 +18,7 @@ from prism_sgl.engine.runtime_memory import RuntimeMemory
 from prism_sgl.engine.safe_point import SafePoint
 from prism_sgl.engine.strangers import Strangers
 from prism_sgl.messages import RuntimeState
+from prism_sgl.units import GRANULE_BYTES
 from tests.engine.elastic_fixture import Elastic, make_elastic
 
 PAGE_TOKENS = 64
@@ -49,7 +50,7 @@ class Runtime:
             arrival=None,
             ask_neighbours=self.asked.append,
             ledger=elastic.ledger,
-            strangers=Strangers("gpu0"),
+            strangers=Strangers("gpu0", elastic.ledger, self._free_granules),
             device_is_short=False,
         )
         memory.insist = partial(RuntimeMemory.insist, memory)
@@ -63,6 +64,9 @@ class Runtime:
         )
         self.point = SafePoint(self.scheduler, memory)  # type: ignore[arg-type]
 
+    def _free_granules(self) -> int:
+        return self.room * self.elastic.pool.pages.page_bytes // GRANULE_BYTES
+
     def wait_for(self, pages: int) -> None:
         """A request that needs so many pages waits."""
         sampling = SimpleNamespace(max_new_tokens=8)
@@ -74,6 +78,7 @@ class Runtime:
     def turn(self, last_batch: object = None, *, batch: object = "a batch", running: int = 0) -> None:
         """``running``: requests that decode."""
         self.point._tried_at = 0.0  # as if the pause between two tries were over
+        self.point.memory.strangers._asked_at = 0.0
         request = SimpleNamespace(output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=8))
         decoding = SimpleNamespace(
             reqs=[request] * running, batch_is_full=False, is_empty=lambda: not running
@@ -107,17 +112,38 @@ def test_a_stranger_is_told_of_once_and_so_is_its_end(
     assert [record.message for record in caplog.records][1:] == ["gpu0 has memory for waiting requests again"]
 
 
-def test_nobody_waits_any_more_so_the_next_stranger_is_news(
-    runtime: Runtime, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("gone", [False, True], ids=["who stays", "who comes back"])
+def test_a_stranger_is_news_again_only_if_it_was_gone(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture, gone: bool
 ) -> None:
+    """Whether anybody waits meanwhile, and gets what he wants, or not."""
+    caplog.set_level(logging.INFO)
+    runtime.wait_for(12)
+    runtime.room = 0
+    runtime.turn()
+    runtime.wait_for(2)  # the others have been served in turn
+    runtime.room = 4
+    runtime.turn()
+    runtime.turn()
+    runtime.scheduler.waiting_queue = []
+    runtime.room = NUM_PAGES if gone else 1
+    runtime.turn()
+    runtime.room = 1
+    runtime.wait_for(12)
+    runtime.turn()
+    assert caplog.text.count("another process holds it") == 1 + gone
+    assert caplog.text.count("has memory for waiting requests again") == gone
+
+
+def test_an_idle_engine_asks_the_driver_for_strangers_now_and_then_only(runtime: Runtime) -> None:
     runtime.wait_for(12)
     runtime.room = 0
     runtime.turn()
     runtime.scheduler.waiting_queue = []
     runtime.turn()
-    runtime.wait_for(12)
-    runtime.turn()
-    assert caplog.text.count("another process holds it") == 2
+    asked_at = runtime.point.memory.strangers._asked_at
+    runtime.point.memory.strangers.look(False, enough=True)
+    assert runtime.point.memory.strangers._asked_at == asked_at > 0
 
 
 def test_who_waits_asks_for_what_is_still_missing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ class Sleeper:
             device=SimpleNamespace(synchronize=lambda: None, trim=lambda: self.done.append("trim")),
             overhead=SimpleNamespace(settle=self._settle, cap=lambda: None),
             bell=SimpleNamespace(wait=lambda seconds: None),
-            strangers=Strangers("gpu0"),
+            strangers=Strangers("gpu0", elastic.ledger, lambda: None),
             ask_neighbours=lambda wanted: None,
             pages_bytes=lambda: 0,
         )
