@@ -36,9 +36,9 @@ class ElasticPool:
         return len(self.pages.mapped_pages) * self.pages.page_bytes
 
     @property
-    def device_is_short(self) -> bool:
-        """The device had no memory for what the ledger granted last: somebody outside the ledger holds it."""
-        return self._lease.device_is_short
+    def device_shortages(self) -> int:
+        """So often the device had no memory for what the ledger had granted: somebody outside the ledger holds it."""
+        return self._lease.device_shortages
 
     @property
     def leased_granules(self) -> int:

@@ -27,7 +27,7 @@ class Lease:
         self._kind = kind
         self._page_granules = vmm.page_bytes // GRANULE_BYTES
         self._granules = 0
-        self.device_is_short = False  # the last map found no memory where the ledger had room
+        self.device_shortages = 0  # maps that found no memory where the ledger had room
 
     @property
     def granules(self) -> int:
@@ -56,11 +56,10 @@ class Lease:
         """
         assert self._granules >= self._held_granules() + num_pages_in(runs) * self._page_granules
         crash_points.crash_point("between_reserve_and_map")
-        self.device_is_short = False
         try:
             self._vmm.map(runs)
         except DeviceFullError:
-            self.device_is_short = True
+            self.device_shortages += 1
             return False
         finally:
             self._return_surplus()

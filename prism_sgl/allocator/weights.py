@@ -79,9 +79,9 @@ class WeightsArena:
         return self._lease.granules
 
     @property
-    def device_is_short(self) -> bool:
-        """The device had no memory for what the ledger granted last: somebody outside the ledger holds it."""
-        return self._lease.device_is_short
+    def device_shortages(self) -> int:
+        """So often the device had no memory for what the ledger had granted: somebody outside the ledger holds it."""
+        return self._lease.device_shortages
 
     def materialise(self, end_bytes: int) -> bool:
         """Map the pages of bytes ``[0, end_bytes)``, to be filled by the caller.

@@ -70,6 +70,7 @@ class RuntimeMemory:
         self.weights: WeightsArena | None = None
         self.arrival: Arrival | None = None  # set with the weights
         self.overhead = Overhead(self)
+        self.device_is_short = False  # in the last attempt that ``insist`` made
         self.strangers = Strangers(spec.device, self.ledger, self.device.free_granules)
         self.first_tokens = FirstTokenTeller(addresses.first_tokens(spec.run_dir, spec.runtime))
         self._told_late: list[str] = []
@@ -123,9 +124,11 @@ class RuntimeMemory:
         asked_at = -math.inf
         pause_s = RETRY_S
         while True:
+            shortages = self.device_shortages
             result = attempt()
+            self.device_is_short = self.device_shortages > shortages
             enough = result is not None and result is not False
-            self.strangers.look(self.device_is_short, enough=enough)
+            self.strangers.look(self.device_is_short)
             if enough:
                 return result
             now = time.monotonic()
@@ -141,9 +144,9 @@ class RuntimeMemory:
                 self.bell.wait(_LOOK_AGAIN_S)
 
     @property
-    def device_is_short(self) -> bool:
-        """The last map found no memory where the ledger had room."""
-        return any(part.device_is_short for part in (self.kv, self.weights) if part is not None)
+    def device_shortages(self) -> int:
+        """Maps of both arenas that found no memory where the ledger had room."""
+        return sum(part.device_shortages for part in (self.kv, self.weights) if part is not None)
 
     def who_is_in_the_way(self) -> str:
         """What to add to the text of a shortage."""

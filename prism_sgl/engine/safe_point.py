@@ -116,9 +116,8 @@ class SafePoint:
             lacking -= gained
             running_batch.batch_is_full = False
         if not busy:
-            # Nobody waits any more, with what there is, so this is no shortage.
-            self._device_was_short = False
-            self.memory.strangers.look(False, enough=True)
+            self._device_was_short = False  # nobody waits any more, with what there is
+        self.memory.strangers.look(self._device_was_short)
         if waiting and running_batch.is_empty():
             # Nobody will leave this batch and reset it, so a refusal must not outlive its turn.
             running_batch.batch_is_full = False
@@ -143,14 +142,12 @@ class SafePoint:
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
         pages = max(math.ceil(tokens / self.allocator.page_tokens), _GROW_PAGES)
+        shortages = self.allocator.elastic.device_shortages
         # Mapping is all or nothing: page by page where the device has less than the ledger says.
         ranges = self.allocator.elastic.grow_up_to(1 if self._device_was_short else pages)
         self.allocator.add_blocks(ranges)
         gained = sum(len(r) for r in ranges) * self.allocator.page_size
-        # A single page that comes free in between is not the end of a shortage.
-        enough = gained >= min(tokens, self.allocator.page_tokens + 1)
-        self._device_was_short = self.allocator.elastic.device_is_short
-        self.memory.strangers.look(self._device_was_short, enough=enough)
+        self._device_was_short = self.allocator.elastic.device_shortages > shortages
         return gained
 
     def ensure_usable(self, tokens: int) -> bool:

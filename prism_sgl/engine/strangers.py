@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
@@ -29,27 +28,33 @@ class Strangers:
         self._ledger = ledger
         self._free_granules = free_granules
         self._told = False
-        self._asked_at = -math.inf
+        self._asked_at = 0.0  # when the driver was asked, or the last shortage
+        self._seemed_gone = False
 
-    def look(self, device_is_short: bool, *, enough: bool) -> None:
-        """After a try to map. ``device_is_short``: the ledger had room, the device had none. ``enough``: it got it."""
-        if device_is_short and not self._told:
-            self._told = True
-            log.warning(
-                "%s has no memory where its budget has room: another process holds it; requests wait. "
-                "End that process, or lower memory in [[devices]]",
-                self._device,
-            )
-        if self._told and enough and not device_is_short and self._are_gone():
+    def look(self, device_is_short: bool) -> None:
+        """After a try to map and now and then. ``device_is_short``: the ledger had room, the device had none."""
+        if device_is_short:
+            self._asked_at, self._seemed_gone = time.monotonic(), False
+            if not self._told:
+                self._told = True
+                log.warning(
+                    "%s has no memory where its budget has room: another process holds it; requests wait. "
+                    "End that process, or lower memory in [[devices]]",
+                    self._device,
+                )
+        elif self._told and self._are_gone():
             self._told = False
             log.info("%s has memory for waiting requests again", self._device)
 
     def _are_gone(self) -> bool:
-        """Asks the driver, now and then: an idle engine may turn without a pause."""
-        if time.monotonic() - self._asked_at < LONGEST_RETRY_S:
+        """Asks the driver, now and then: an idle engine may turn without a pause.
+
+        Twice: what a neighbour has leased and is about to map makes the ledger's free less for a moment.
+        """
+        now = time.monotonic()
+        if now - self._asked_at < LONGEST_RETRY_S:
             return False
-        self._asked_at = time.monotonic()
-        # In this order: what a neighbour takes in between counts against it, and is looked at again.
-        granted = self._ledger.totals().free
-        free = self._free_granules()
-        return free is None or free >= granted
+        granted, free = self._ledger.totals().free, self._free_granules()
+        seemed_gone, self._seemed_gone = self._seemed_gone, free is None or free >= granted
+        self._asked_at = now
+        return seemed_gone and self._seemed_gone

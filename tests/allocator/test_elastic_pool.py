@@ -133,16 +133,19 @@ def test_block_0_stays_while_open(pool: ElasticPool) -> None:
 
 
 def test_a_device_that_is_full_though_the_ledger_has_room_is_told(
-    pool: ElasticPool, calls: FailingCalls, owner: Owner
+    pool: ElasticPool, calls: FailingCalls, owner: Owner, ledger: Ledger
 ) -> None:
     assert pool.open() is not None
     calls.broken = {"allocate"}
     assert pool.grow_up_to(2) == []
-    assert pool.device_is_short
+    assert pool.device_shortages == 1
     assert owner.held(Kind.KV) == 2, "the lease in vain went back"
     calls.broken = set()
     assert len(pool.grow_up_to(1)) == 1
-    assert not pool.device_is_short
+    other = join(ledger, "code")
+    assert other.try_reserve(Kind.WEIGHTS, BUDGET - owner.held(Kind.KV))
+    assert pool.grow_up_to(1) == []
+    assert pool.device_shortages == 1, "the ledger's own shortage is nobody's fault"
 
 
 def test_pages_must_be_whole_granules(owner: Owner) -> None:

@@ -32,7 +32,6 @@ class Card:
         self.base_bytes = 600 * MIB
         self.caps: list[int] = []
         self.kv = self.weights = None
-        self.device_is_short = False
         self.strangers = Strangers("gpu0", ledger, lambda: None)
         self.bell = SimpleNamespace(wait=lambda seconds: None)
         self.asked: list[int] = []
@@ -43,6 +42,7 @@ class Card:
         self.overhead = Overhead(self)  # type: ignore[arg-type]
 
     insist = RuntimeMemory.insist
+    device_shortages = RuntimeMemory.device_shortages
 
     def pages_bytes(self) -> int:
         return 0

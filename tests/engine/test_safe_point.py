@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,13 @@ PAGE_TOKENS = 64
 NUM_PAGES = 20
 
 
+class Memory(SimpleNamespace):
+    """What a RuntimeMemory holds, made by hand; it waits and counts as the real one does."""
+
+    insist = RuntimeMemory.insist
+    device_shortages = RuntimeMemory.device_shortages
+
+
 class Runtime:
     """A safe point over a real pool; the scheduler around it is an empty one with a queue."""
 
@@ -42,8 +48,10 @@ class Runtime:
             really_map(runs)
 
         monkeypatch.setattr(elastic.pool.vmm, "map", map_if_there_is_room)
-        memory = SimpleNamespace(
+        memory = Memory(
             owner=elastic.owner,
+            kv=elastic.pool,
+            weights=None,
             spec=SimpleNamespace(device="gpu0"),
             bell=SimpleNamespace(drain=lambda: None, wait=lambda seconds: None),
             overhead=SimpleNamespace(look=lambda *, in_a_hurry: self.in_a_hurry.append(in_a_hurry)),
@@ -51,9 +59,7 @@ class Runtime:
             ask_neighbours=self.asked.append,
             ledger=elastic.ledger,
             strangers=Strangers("gpu0", elastic.ledger, self._free_granules),
-            device_is_short=False,
         )
-        memory.insist = partial(RuntimeMemory.insist, memory)
         self.scheduler = SimpleNamespace(
             token_to_kv_pool_allocator=elastic.allocator,
             tree_cache=elastic.tree,
@@ -128,6 +134,7 @@ def test_a_stranger_is_news_again_only_if_it_was_gone(
     runtime.scheduler.waiting_queue = []
     runtime.room = NUM_PAGES if gone else 1
     runtime.turn()
+    runtime.turn()
     runtime.room = 1
     runtime.wait_for(12)
     runtime.turn()
@@ -135,15 +142,57 @@ def test_a_stranger_is_news_again_only_if_it_was_gone(
     assert caplog.text.count("has memory for waiting requests again") == gone
 
 
-def test_an_idle_engine_asks_the_driver_for_strangers_now_and_then_only(runtime: Runtime) -> None:
-    runtime.wait_for(12)
+def test_only_the_device_makes_a_stranger(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    """Neighbours that hold the rest of the budget are none, also after one was there, and are not waited for as one."""
+    caplog.set_level(logging.INFO)
+    runtime.wait_for(4)
     runtime.room = 0
     runtime.turn()
-    runtime.scheduler.waiting_queue = []
+    runtime.room = NUM_PAGES
     runtime.turn()
-    asked_at = runtime.point.memory.strangers._asked_at
-    runtime.point.memory.strangers.look(False, enough=True)
-    assert runtime.point.memory.strangers._asked_at == asked_at > 0
+    runtime.turn()
+    assert [text.rpartition(" ")[2] for text in caplog.messages] == ["[[devices]]", "again"]
+    neighbour = runtime.elastic.ledger.join("other", floor=0, ceiling=NUM_PAGES, priority=0, bell="")
+    assert neighbour.reserve_up_to(Kind.KV, NUM_PAGES)
+    runtime.wait_for(12)
+    runtime.turn()
+    assert not runtime.point._device_was_short
+    assert runtime.point.memory.insist(lambda: None, GRANULE_BYTES, 0.0) is None
+    assert not runtime.point.memory.device_is_short
+    assert len(caplog.messages) == 2
+
+
+def test_strangers_are_gone_when_the_driver_says_so_twice(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked now and then only, whatever happens in between, and a shortage begins the count again."""
+    caplog.set_level(logging.INFO)
+    free = runtime.elastic.ledger.totals().free
+    card = SimpleNamespace(now=0.0, shown=0, asked=[])
+    monkeypatch.setattr("prism_sgl.engine.strangers.time.monotonic", lambda: card.now)
+
+    def shown() -> int:
+        card.asked.append(card.now)
+        return int(card.shown)
+
+    strangers = Strangers("gpu0", runtime.elastic.ledger, shown)
+    for card.now, short, card.shown in (
+        (100.0, True, 0),
+        (100.1, False, free),  # too soon after a shortage to be asked
+        (100.6, False, free),
+        (100.7, True, free),
+        (101.3, False, free),
+        (101.4, False, free),
+        (101.9, False, free - 1),
+        (102.5, False, free),
+    ):
+        strangers.look(short)
+    assert card.asked == [100.6, 101.3, 101.9, 102.5]
+    assert len(caplog.messages) == 1
+    card.now = 103.1
+    strangers.look(False)
+    strangers.look(False)
+    assert [text.rpartition(" ")[2] for text in caplog.messages] == ["[[devices]]", "again"]
 
 
 def test_who_waits_asks_for_what_is_still_missing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

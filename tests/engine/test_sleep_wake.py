@@ -32,7 +32,7 @@ class Memory(SimpleNamespace):
     """What a RuntimeMemory holds, made by hand; it waits and asks as the real one does."""
 
     insist = RuntimeMemory.insist
-    device_is_short = RuntimeMemory.device_is_short
+    device_shortages = RuntimeMemory.device_shortages
     who_is_in_the_way = RuntimeMemory.who_is_in_the_way
 
 

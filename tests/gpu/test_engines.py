@@ -173,7 +173,9 @@ def test_memory_taken_outside_the_ledger_is_waited_for(pair: Pair) -> None:
     burst = pair.ours.burst(many)
     assert not burst.errors
     stranger.wait(30)
-    over = time.monotonic() + 5  # an engine that has nothing to do looks once a second
+    over = (
+        time.monotonic() + 10
+    )  # an engine that has nothing to do looks once a second, and twice before it is sure
     while not pair.ours.log_matches(r"(has memory for waiting requests again)", mark):
         assert time.monotonic() < over
         time.sleep(0.1)
