@@ -32,4 +32,4 @@ lint: env
 	$(PY) -m mypy prism_sgl
 
 bench: model
-	@for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	@for file in benchmarks/[!_]*.py; do name=benchmarks.$$(basename $$file .py); echo "== $$name"; $(PY) -m $$name || exit 1; done

@@ -1,7 +1,7 @@
 """Tokens per second of one model: our elastic pool against SGLang's stock pools, on the CPU.
 
 Both servers run side by side, each idle while the other is measured, and answer the same batch in turn, so that
-the machine's moods hit both alike. Usage: ``python benchmarks/elastic_overhead_cpu.py [--pairs 7]``.
+the machine's moods hit both alike. Usage: ``python -m benchmarks.elastic_overhead_cpu [--pairs 7]``.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def main() -> None:
     result = {
         "name": "elastic_overhead_cpu",
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/elastic_overhead_cpu.py --pairs {pairs}",
+        "command": f"python -m benchmarks.elastic_overhead_cpu --pairs {pairs}",
         "machine": {"cores": os.cpu_count()},
         "rows": [row],
     }

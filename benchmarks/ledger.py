@@ -1,12 +1,13 @@
 """How long the ledger takes with 32 live owners, each in a process of its own.
 
-    python benchmarks/ledger.py
+    python -m benchmarks.ledger
 
 Prints medians of one run and writes benchmarks/results/ledger.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -84,6 +85,7 @@ def measure(path: str, ledger: Ledger) -> list[tuple[str, float, float | None]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "").parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = f"{folder}/bench.ledger"
         ledger = Ledger.create(path, 4096 * GRANULE_BYTES, "bench")
@@ -116,7 +118,7 @@ def write(rows: list[tuple[str, float, float | None]]) -> None:
     result = {
         "name": "ledger",
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/ledger.py",
+        "command": "python -m benchmarks.ledger",
         "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "python": platform.python_version()},
         "rows": [
             {

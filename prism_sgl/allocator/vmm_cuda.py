@@ -280,7 +280,7 @@ def gives_zeroed_memory(calls: CudaCalls, page_bytes: int) -> bool:
     """The driver scrubs memory before it is given out again, as far as one look tells.
 
     Driver 580 does: 60 GiB filled and given back read as zero afterwards, in the same process and in others
-    (docs/benchmarks.md). Where it does not, what was just given back most likely comes back as it was.
+    (docs/design.md). Where it does not, what was just given back most likely comes back as it was.
     """
     probe = CudaArena("probe", 1, page_bytes, zeroed=False, calls=calls)
     seen = bytearray(page_bytes)

@@ -129,7 +129,7 @@ class Giving:
 
     def _give(self, target: Target, running: Any, last: Any) -> Given:
         if self.scheduler.enable_overlap:
-            # The forward in flight still writes slots that were freed meanwhile (facts 4.2).
+            # The forward in flight still writes slots that were freed meanwhile.
             self.scheduler.forward_stream.synchronize()
         merging = (
             last is not None and last is not running and last.forward_mode.is_extend() and not last.is_empty()

@@ -31,7 +31,7 @@ _ALWAYS: dict[str, object] = {
     "sleep_on_idle": True,  # or an idle engine spins on a core that its neighbours need
     "enable_metrics": False,  # SGLang's gauges need a directory a process; ours come from ledger and router
 }
-# What the host device needs (facts section 8).
+# What SGLang needs on a CPU.
 _HOST: dict[str, object] = {
     "device": "cpu",
     "attention_backend": "torch_native",

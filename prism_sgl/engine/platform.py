@@ -1,4 +1,4 @@
-"""SGLang on the CPU as an out-of-tree platform: torch's own attention, our pools (facts section 8).
+"""SGLang on the CPU as an out-of-tree platform: torch's own attention, our pools.
 
 The host device stands in for a GPU: the same pools, ledger, sleep and wake over memory that really maps and
 unmaps, so that everything but the CUDA driver is tested where there is no card.

@@ -2,9 +2,9 @@
 
 SGLang decides each turn in ``Scheduler.get_next_batch_to_run`` (srt/managers/scheduler.py:2925). Just before,
 messages are handled and nothing is being allocated: the lease may change there and nowhere else, since
-admission reads ``available_size()`` many times a pass and a failed ``alloc`` after it kills the scheduler
-(facts 3.3, 4.2). Three things happen there, in this order: answer a neighbour's target, grow for the work at
-hand, and un-stick admission (``batch_is_full`` is never reset on an empty batch: facts 3.4).
+admission reads ``available_size()`` many times a pass (schedule_policy.py:569-623) and a failed ``alloc`` after it
+kills the scheduler. Three things happen there, in this order: answer a neighbour's target, grow for the work at hand,
+and un-stick admission (``batch_is_full``, set at scheduler.py:3246, is never reset on an empty batch).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def _profile_available_bytes(
 
 
 def _token_info(result: Any, observer: Any) -> Any:
-    """SGLang's leak check and metrics count the whole range; the lease is our own number (facts 3.5)."""
+    """SGLang's leak check and metrics count the whole range; the lease is our own number."""
     virtual = observer.token_to_kv_pool_allocator.virtual_available_size()
     used = observer.max_total_num_tokens - virtual - result.full_evictable_size
     return dataclasses.replace(

@@ -3,7 +3,7 @@
 SGLang has created the parameters wherever its loader wanted. We lay their storages out one behind the other in
 load order (so the last layers stand last), copy, and rebind every tensor that looks into them, aliases and
 tied weights kept. It happens before pools and graphs are made, so everything later bakes our addresses in
-(facts section 5.2; the in-tree precedent is srt/weight_cache/ipc_loader.py:287).
+(SGLang's own precedent is srt/weight_cache/ipc_loader.py:287).
 """
 
 from __future__ import annotations

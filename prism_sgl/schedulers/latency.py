@@ -1,9 +1,9 @@
 """What is learned of each model: how long a prefill takes, how long answers get, and how many tokens a second it is
 asked for.
 
-The paper has e = p / c. Measured on real engines the line has an intercept that is larger than the slope's part
-for the usual short prompt (facts/prism.md 4.1, point 3), so here e = alpha + p / c, where p is the part of the prompt
-that the prefix cache does not have.
+The paper has e = p / c (section 6.2). Measured on real engines the line has an intercept that is larger than the
+slope's part for the usual short prompt, so here e = alpha + p / c, where p is the part of the prompt that the prefix
+cache does not have.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEAST_SPREAD = 2.0
 # Each answer's tokens count for 5 %: about the last 20 answers decide the hit ratio.
 _FORGET = 0.95
 _MOST_HITS = 0.99  # the last token of a prompt is always computed
-# Until an answer has been seen: the median of Arena-Chat is 211 (facts/prism.md 6).
+# Until an answer has been seen: the median of Arena-Chat is 211 (the paper's trace).
 _FIRST_ANSWER_TOKENS = 256
 _NUM_ANSWERS = 64
 

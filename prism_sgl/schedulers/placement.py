@@ -3,9 +3,9 @@
 KVPR (KV pressure ratio, Prism section 6.1): w_j = token rate x KV bytes a token / TPOT SLO of model j, and
 KVPR_i = sum of w_j / (budget_i - sum of weights_j) over the models awake on device i. A model goes where the
 *resulting* ratio is smallest: the paper's text says so, its pseudo-code takes the ratio before the model is added
-and has no fit test (facts/prism.md 3.2, points 1 and 2).
+and has no fit test (Algorithm 1).
 
-KVPR knows nothing of compute: where all models are busy it puts those side by side that need it most (facts 5.4). So a
+KVPR knows nothing of compute: where all models are busy it puts those side by side that need it most. So a
 device has two pressures, and the larger one counts. Both are parts of what it has: compute is seconds asked a second
 (load.py); KVPR is multiplied by ``kv_unit`` (seconds squared), so that it is bytes asked over bytes there are.
 """

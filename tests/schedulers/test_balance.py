@@ -40,7 +40,7 @@ def test_a_busy_pair_is_parted() -> None:
 
 
 def test_compute_counts_where_kv_alone_would_pair_the_two_busiest() -> None:
-    """facts/prism.md 5.4 and W19: KVPR is flat here, so it sees nothing to gain."""
+    """KVPR is flat here, so it sees nothing to gain."""
     servings = [serving("x", "a", 0.6, kv=0.1), serving("y", "a", 0.6, kv=0.1)]
     servings += [serving("s", "b", 0.05, kv=0.1), serving("t", "b", 0.05, kv=0.1)]
     assert len(moves(run(servings, [place("a"), place("b")]))) in (1, 2)

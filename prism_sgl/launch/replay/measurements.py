@@ -24,11 +24,11 @@ LARGE_BYTES = 14.96 * (1 << 30)  # weights of the 8B that was measured
 
 # Not measured by benchmarks/gpu; where each comes from.
 ASSUMED: dict[str, str] = {
-    "prefill_tokens_per_s": "40,000 for the 8B: 48 x 4096 on an H100 (shared/gpu/README.md); no JSON row",
+    "prefill_tokens_per_s": "40,000 for the 8B: 48 prompts of 4096 on an H100, a probe; no JSON row",
     "prefill of other sizes": "in proportion to weights from the 8B, at most 150,000 tokens/s; not measured",
     "decode of other sizes": "weights and KV read at the 8B's effective bandwidth, a step 2 ms at least; not measured",
     "time sharing": "n engines that compute at once get 1/n of the device each (no MPS); not measured",
-    "copies": "engines run at 0.96 while a wake copies: decode -4 % beside wakes (shared/gpu/README.md); no JSON row",
+    "copies": "engines run at 0.96 while a wake copies: decode -4 % beside wakes on an H100, a probe; no JSON row",
     "overhead": "every size as the 8B: 2,559 MiB awake (graphs to batch 128; a probe, no JSON row), asleep as measured",
     "start_s": "10 s from waiting workers (commit fea6f7d); no JSON row",
     "tp": "t devices run a model at 0.8 t of one device's speed; not measured",
