@@ -169,7 +169,7 @@ def test_strangers_are_gone_when_the_driver_says_so_twice(
     caplog.set_level(logging.INFO)
     free = runtime.elastic.ledger.totals().free
     card = SimpleNamespace(now=0.0, shown=0, asked=[])
-    monkeypatch.setattr("prism_sgl.engine.strangers.time.monotonic", lambda: card.now)
+    monkeypatch.setattr("prism_sgl.engine.strangers.time", SimpleNamespace(monotonic=lambda: card.now))
 
     def shown() -> int:
         card.asked.append(card.now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,7 +215,10 @@ def test_a_stranger_at_the_wake_is_named_once(
 ) -> None:
     """And tried less and less often: each try maps what there is, gives it back, and the driver clears it."""
     pauses: list[float] = []
-    monkeypatch.setattr("prism_sgl.engine.runtime_memory.time.sleep", pauses.append)
+    clock = SimpleNamespace(
+        sleep=pauses.append, monotonic=time.monotonic
+    )  # of that module only: threads sleep too
+    monkeypatch.setattr("prism_sgl.engine.runtime_memory.time", clock)
     prism_sleep(sleeper.scheduler, keep_weights=False)
     sleeper.calls.broken, sleeper.calls.errno = {"allocate"}, errno.ENOSPC
     for _ in range(2):
