@@ -47,6 +47,19 @@ def test_what_was_taken_is_not_asked_back(
         assert choose_victims(given_up, [given_up, after], wanted, 0) == []
 
 
+@given(st.integers(0, 30), st.integers(0, 30), SHARES, SHARES, st.integers(1, 60), st.integers(2, 64))
+def test_nor_what_was_given_in_whole_pages(
+    pages: int, other_pages: int, share: int, other_share: int, wanted: int, page: int
+) -> None:
+    me = replace(OWNER, kv=pages * page, share=share)
+    victim = replace(OWNER, slot=1, kv=other_pages * page, share=other_share)
+    for claim in choose_victims(me, [me, victim], wanted * page, 0, page=page):
+        assert 0 < claim.granules <= wanted * page and claim.granules % page == 0
+        after = replace(me, kv=me.kv + claim.granules)
+        given_up = replace(victim, kv=victim.kv - claim.granules)
+        assert choose_victims(given_up, [given_up, after], wanted * page, 0, page=page) == []
+
+
 @st.composite
 def owners(draw: st.DrawFn) -> list[OwnerView]:
     """Busy, each at its floor at least."""

@@ -59,13 +59,16 @@ class Doorbell:
 
 
 def ring(path: str) -> None:
-    """Ring the bell at ``path``. Nobody there, or a full queue (it has rung already): nothing to do."""
+    """Ring the bell at ``path``. Nobody there, a full queue (it has rung already), no descriptor left: nothing to do.
+
+    Never an error: who rings is in the middle of its books.
+    """
     if not path:
         return
     with (
+        contextlib.suppress(OSError),
         socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         ) as sender,
-        contextlib.suppress(FileNotFoundError, ConnectionRefusedError, BlockingIOError),
     ):
         sender.sendto(b"!", path)

@@ -106,19 +106,18 @@ class Ledger:
     def reap(self, device_free_granules: int | None) -> int:
         """Take back what dead owners left; returns the granules that are free again.
 
-        ``device_free_granules`` is what the device shows as free now: as long as the memory of the dead is not
-        among it, their granules stay ``returning``. None trusts that memory dies with its process (the host).
+        ``device_free_granules`` is what the device shows as free now: what of the memory of the dead is not among it
+        stays ``returning``. None trusts that memory dies with its process (the host).
         """
         with self._table.lock:
             returned = 0
             for slot in self._dead_slots():
-                granules = self._table.held(slot)
-                visible = (
-                    device_free_granules is None or self._table.free() + granules <= device_free_granules
-                )
-                if visible or not granules:
-                    crash_points.crash_point("in_lock")
-                    returned += self._table.clear(slot)
+                held = self._table.held(slot)
+                back = held
+                if device_free_granules is not None:
+                    back = min(held, max(0, device_free_granules - self._table.free()))
+                crash_points.crash_point("in_lock")
+                returned += self._table.clear(slot) if back == held else self._table.lower(slot, back)
             return returned
 
     def close(self) -> None:

@@ -234,6 +234,15 @@ class LedgerTable:
         self.write(Column.PID, slot, 0)
         return granules
 
+    def lower(self, slot: int, granules: int) -> int:
+        """A dead owner holds so much less, of whatever kind; returns it."""
+        missing = granules
+        for kind in Kind:
+            held = self.read(Column(kind), slot)
+            self.write(Column(kind), slot, held - min(held, missing))
+            missing -= min(held, missing)
+        return granules
+
     def check(self) -> None:
         _check_header(self.path, self.words)
         assert self.words[Header.BUDGET] == self.budget

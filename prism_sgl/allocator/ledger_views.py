@@ -62,6 +62,7 @@ class Posted:
     bell: str
     granules: int
     target: Target
+    by_right: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,20 @@ class OwnerView:
     @property
     def reclaimable(self) -> int:
         """What may still be asked of it: surplus that nobody has asked for yet."""
+        return self._beyond(self.elastic if self.target is None else self.target.granules)
+
+    @property
+    def enforceable(self) -> int:
+        """What may still be asked of it by right: surplus that nobody has asked for by right yet."""
+        return self._beyond(self.elastic if self.target is None else self.target.enforced)
+
+    @property
+    def is_enforced(self) -> bool:
+        """Somebody has a right to a part of what it holds, and has asked for it."""
+        return self.target is not None and self.target.enforced < self.elastic
+
+    def _beyond(self, promised: int) -> int:
+        """Of what it holds above what it keeps, the part that a target down to ``promised`` leaves."""
         if not self.alive or self.state not in _ANSWERS:
             return 0
-        rest = self.elastic if self.target is None else min(self.elastic, self.target.granules)
-        return max(0, rest - self.kept)
+        return max(0, min(self.elastic, promised) - self.kept)

@@ -150,7 +150,7 @@ class Owner:
             if self._table.is_asleep(self._slot):
                 return  # the quota is of KV, and there is none
             if target is not None and target.granules < floor:
-                self._table.write_target(self._slot, floor, target.enforced, target.deadline_ns)
+                self._table.write_target(self._slot, floor, max(floor, target.enforced), target.deadline_ns)
             elif self.held(Kind.KV) > ceiling and (target is None or target.granules > ceiling):
                 known = Target(ceiling, 0, _NEVER_NS) if target is None else target
                 self._table.write_target(self._slot, ceiling, known.enforced, known.deadline_ns)
@@ -201,12 +201,12 @@ class Owner:
             ):
                 self._table.write(Column.ANSWERED_SEQ, self._slot, seq)
 
-    def post_targets(self, granules: int, deadline_s: float) -> list[Posted]:
+    def post_targets(self, granules: int, deadline_s: float, *, page: int = 1) -> list[Posted]:
         """Wait in line for so many granules, and ask neighbours for what of them is not free; rings their bells.
 
         What is free waits for us as well: a neighbour that borrowed it would leave us short of what it gives.
         May be repeated while they are missing: what this owner has asked for and victims still owe is counted,
-        and a victim that others have asked is asked for so much more.
+        and a victim that others have asked is asked for so much more. ``page``: what we map at once, in granules.
         """
         _insist_amount(granules)
         now_ns = time.monotonic_ns()
@@ -220,7 +220,7 @@ class Owner:
             self._ask(granules, now_ns, deadline_ns)
             missing = granules - max(0, self._table.free() - self._asked_before_me())
             claims = reclaim.choose_victims(
-                owners[self._slot], list(owners.values()), missing - coming, now_ns
+                owners[self._slot], list(owners.values()), missing - coming, now_ns, page=page
             )
             posted = [self._post(claim, deadline_ns) for claim in claims]
             self._posted += posted
@@ -264,11 +264,17 @@ class Owner:
         kept, enforced = victim.elastic, NOT_ENFORCED
         if victim.target is not None:
             kept, enforced = min(kept, victim.target.granules), victim.target.enforced
-            deadline_ns = min(deadline_ns, victim.target.deadline_ns)
+            if victim.is_enforced or not claim.by_right:
+                deadline_ns = min(deadline_ns, victim.target.deadline_ns)
+            # Else its deadline was for what equals had asked for, and no request has to go back for that.
         if claim.by_right:
             enforced = min(victim.elastic, enforced) - claim.granules
-        target = self._table.write_target(victim.slot, kept - claim.granules, enforced, deadline_ns)
-        return Posted(victim.slot, victim.epoch, victim.name, victim.bell, claim.granules, target)
+        # A right goes before what was promised to equals.
+        kept = max(victim.kept, kept - claim.granules)
+        target = self._table.write_target(victim.slot, kept, enforced, deadline_ns)
+        return Posted(
+            victim.slot, victim.epoch, victim.name, victim.bell, claim.granules, target, claim.by_right
+        )
 
     # ---------------------------------------------------------------- the end
 
@@ -288,13 +294,16 @@ class Owner:
 
 
 def _owed(post: Posted, owners: dict[int, OwnerView]) -> int:
-    """What a victim still owes to this post. Earlier posts are served first, so its end counts from the target."""
+    """What a victim still owes to this post. Earlier posts are served first, and rights before all others, so its end
+    counts from the target.
+    """
     victim = owners.get(post.slot)
     if victim is None or not victim.alive or victim.epoch != post.epoch:
         return 0
     if post.target.seq <= victim.answered_seq:
         return 0  # its end may have counted other things than what is elastic now
-    return min(post.granules, max(0, victim.elastic - post.target.granules))
+    end = post.target.enforced if post.by_right else post.target.granules
+    return min(post.granules, max(0, victim.elastic - end))
 
 
 def _insist_amount(granules: int) -> None:

@@ -26,26 +26,36 @@ class Claim:
     by_right: bool
 
 
-def choose_victims(me: OwnerView, owners: Sequence[OwnerView], granules: int, now_ns: int) -> list[Claim]:
+def choose_victims(
+    me: OwnerView, owners: Sequence[OwnerView], granules: int, now_ns: int, *, page: int = 1
+) -> list[Claim]:
     """Whom to ask for ``granules`` in all; fewer if there are no more to be had.
 
     Sleepers first, then idle owners, longest idle first; then the lowest priority, then the largest surplus for its
     share. A victim that is overdue is left out: it is slow already, and a larger target brings its next safe point
-    no sooner.
+    no sooner. Who has a right and misses more takes what equals were promised too, also where that is overdue: then
+    its running requests need the memory, which does not count against a right.
+
+    ``page``: what I map at once, in granules. Equals do not take a part of one from each other: whole pages are given.
     """
-    claims: list[Claim] = []
+    ordered = [victim for victim in sorted(owners, key=_order) if victim.slot != me.slot]
+    taken: dict[int, int] = {}
     missing = granules
-    for victim in sorted(owners, key=_order):
-        if missing <= 0:
-            break
-        overdue = victim.target is not None and victim.target.overdue(now_ns)
-        if victim.slot == me.slot or overdue:
-            continue
-        amount = min(missing, victim.reclaimable, _may_take(me, victim, granules - missing))
-        if amount > 0:
-            claims.append(Claim(victim, amount, _has_right(me, victim)))
-            missing -= amount
-    return claims
+    for victim in ordered:
+        if victim.target is None or not victim.target.overdue(now_ns):
+            taken[victim.slot] = max(0, min(missing, _may_take(me, victim, granules - missing, page)))
+            missing -= taken[victim.slot]
+    for victim in ordered:
+        so_far = taken.get(victim.slot, 0)
+        if _has_right(me, victim) and (victim.slot in taken or not victim.is_enforced):
+            more = max(0, min(missing, victim.enforceable - so_far))
+            taken[victim.slot] = so_far + more
+            missing -= more
+    return [
+        Claim(victim, taken[victim.slot], _has_right(me, victim))
+        for victim in ordered
+        if taken.get(victim.slot)
+    ]
 
 
 def _order(owner: OwnerView) -> tuple[bool, bool, int, int, float, int]:
@@ -67,7 +77,7 @@ def _has_right(me: OwnerView, victim: OwnerView) -> bool:
     return me.kv < me.floor or victim.priority < me.priority
 
 
-def _may_take(me: OwnerView, victim: OwnerView, taken: int) -> int:
+def _may_take(me: OwnerView, victim: OwnerView, taken: int, page: int) -> int:
     """How many granules the rank of the two allows, after ``taken`` from others."""
     if _has_right(me, victim) or victim.is_asleep or not victim.busy:
         return victim.reclaimable
@@ -78,4 +88,4 @@ def _may_take(me: OwnerView, victim: OwnerView, taken: int) -> int:
     promised = victim.surplus - victim.reclaimable
     theirs, mine = victim.surplus - promised, me.surplus + taken
     even = -(-(theirs * me.share - mine * victim.share) // (me.share + victim.share))
-    return max(0, even - 1)
+    return min(victim.reclaimable, max(0, even - 1 if page == 1 else even - even % page))

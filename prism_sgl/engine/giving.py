@@ -36,12 +36,14 @@ class Given:
 
     pages: int = 0
     lost_tokens: int = 0
+    sent_back: int = 0  # running requests
     chosen_at: float = 0.0
     unmapped_at: float = 0.0
 
     def __iadd__(self, more: Given) -> Given:
         self.pages += more.pages
         self.lost_tokens += more.lost_tokens
+        self.sent_back += more.sent_back
         self.chosen_at = max(self.chosen_at, more.chosen_at)
         self.unmapped_at = max(self.unmapped_at, more.unmapped_at)
         return self
@@ -116,9 +118,12 @@ class Giving:
             )
         if self._excess_pages(target.granules) <= 0 or not self.memory.owner.is_target_wanted():
             self.memory.owner.answer_target(target.seq)
-            self._settle(running, last)
-        else:
-            self.owes = True
+            if not given.sent_back:
+                self._settle(running, last)
+                return
+        # Whom this turn has sent back, it must not admit: the token of the pass in flight would still be added to the
+        # answer, and be sampled again (batch_result_processor.py:848 leaves out who waits).
+        self.owes = True
 
     def _settle(self, running: Any, last: Any) -> None:
         if self.owes:
@@ -131,11 +136,8 @@ class Giving:
         if self.scheduler.enable_overlap:
             # The forward in flight still writes slots that were freed meanwhile.
             self.scheduler.forward_stream.synchronize()
-        merging = (
-            last is not None and last is not running and last.forward_mode.is_extend() and not last.is_empty()
-        )
-        requests = [*running.reqs, *last.reqs] if merging else running.reqs
-        given = self._give_pages(target, requests)
+        merging = not_merged(running, last)
+        given = self._give_pages(target, [*running.reqs, *merging])
         if self._excess_pages(target.enforced) > 0 and target.overdue(time.monotonic_ns()) and not merging:
             # Requests of a batch that is yet to be merged would keep the pages; in the next turn they are all in one.
             given += self._retract_to(target, running)
@@ -211,12 +213,20 @@ class Giving:
                 missing -= len(request.origin_input_ids) + len(request.output_ids)
                 batch.release_req(index, len(keep), self.scheduler.server_args)
             given += self._give_pages(target, [batch.reqs[index] for index in keep])
+        given.sent_back = len(retracted)
         if retracted:
             batch.filter_batch(keep_indices=keep)
             for request in retracted:
                 self.scheduler._add_request_to_queue(request, is_retracted=True)
             log.info("reclaim: %d running requests wait again", len(retracted))
         return given
+
+
+def not_merged(running: Any, last: Any) -> list[Any]:
+    """Requests whose prefill is in flight: SGLang adds them to those that decode in this turn (scheduler.py:2984)."""
+    if last is None or last is running or not last.forward_mode.is_extend() or last.is_empty():
+        return []
+    return list(last.reqs)
 
 
 def answers_tokens(requests: Iterable[Any]) -> int:

@@ -58,10 +58,12 @@ class RuntimeMemory:
         self.device = open_device(spec.device_kind)
         self.ledger = Ledger.open(spec.ledger_path)
         self.bell = Doorbell(addresses.doorbell(spec.run_dir, os.getpid()))
+        ceiling = granules(spec.ceiling_bytes) if spec.ceiling_bytes else self.ledger.budget
         self.owner: Owner = self.ledger.join(
             spec.runtime,
-            floor=granules(spec.floor_bytes),
-            ceiling=granules(spec.ceiling_bytes) if spec.ceiling_bytes else self.ledger.budget,
+            # Of a page at least: who has no KV at all yet has a right to what its start takes, as one has that wakes.
+            floor=min(granules(max(spec.floor_bytes, spec.kv_page_bytes)), ceiling),
+            ceiling=ceiling,
             priority=spec.priority,
             share=spec.kv_share,
             bell=addresses.doorbell(spec.run_dir, os.getpid()),
@@ -155,7 +157,8 @@ class RuntimeMemory:
     def ask_neighbours(self, wanted: int) -> None:
         """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back."""
         self.ledger.reap(self.device.free_granules())
-        posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S)
+        page = 1 if self.kv is None else granules(self.kv.pages.page_bytes)
+        posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S, page=page)
         late = self.owner.overdue_victims()  # after the posting, so that whom it passed over is among them
         if late and late != self._told_late:
             log.warning(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prism_sgl.engine import strangers
-from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest
+from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest, not_merged
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
@@ -66,7 +66,7 @@ class SafePoint:
         self.memory.overhead.look(in_a_hurry=first_tokens_due or bool(self.scheduler.waiting_queue))
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
-        short = self._grow_for_work(running_batch)
+        short = self._grow_for_work(running_batch, not_merged(running_batch, last_batch))
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
         self._prepare_to_be_asked(
             plan.batch_to_run is None
@@ -79,10 +79,18 @@ class SafePoint:
             self.memory.bell.wait(_RETRY_S)
         return plan
 
-    def before_admission(self, running_batch: Any) -> None:
+    def new_prefill(self, original: Callable[..., Any], running_batch: Any) -> Any:
         """What neighbours are owed does not go to new requests. A prefill that is half done goes on all the same."""
-        if self.giving.owes or self.asleep:
-            running_batch.batch_is_full = True
+        scheduler = self.scheduler
+        if not (self.giving.owes or self.asleep):
+            return original(scheduler, running_batch)
+        running_batch.batch_is_full = True
+        # Where requests have priorities SGLang takes that back (scheduler.py:3107), so nobody is seen to wait.
+        waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
+        try:
+            return original(scheduler, running_batch)
+        finally:
+            scheduler.waiting_queue = waiting + scheduler.waiting_queue
 
     def _prepare_to_be_asked(self, idle: bool) -> None:
         """From the second idle turn on, which comes after the first one's sleep of a second: nobody waits for this."""
@@ -94,21 +102,22 @@ class SafePoint:
 
     # -- growing
 
-    def _grow_for_work(self, running_batch: Any) -> bool:
+    def _grow_for_work(self, running_batch: Any, merging: list[Any]) -> bool:
         """Take what the work at hand wants, free memory first; True if it cannot go on with what there is."""
         waiting = self._waiting_tokens(running_batch)
-        busy = bool(waiting or running_batch.reqs)
+        running_requests = [*running_batch.reqs, *merging] if merging else running_batch.reqs
+        busy = bool(waiting or running_requests)
         # At its ceiling an engine has nothing to ask for: its own prefix cache gives way. Nor while it owes.
         room = 0 if self.giving.owes else self.allocator.unmapped_tokens()
         # A loop over all running requests, in every decode step: only where its result counts.
-        running = self._running_tokens(running_batch) if room or waiting else 0
+        running = self._running_tokens(running_requests) if room or waiting else 0
         lacking = waiting + running - self.allocator.available_size()
         wanted = min(lacking, room)
         pause_s = strangers.RETRY_S if self._device_was_short else _RETRY_S
         if (
             wanted > 0
             and time.monotonic() - self._tried_at > pause_s
-            and not self._is_coming(wanted, running_batch)
+            and not self._is_coming(wanted, len(running_requests))
         ):
             self._tried_at = time.monotonic()
             gained = self.grow(wanted)
@@ -128,13 +137,13 @@ class SafePoint:
         self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
         return self.giving.owes or bool(lacking > self.tree.evictable_size())
 
-    def _is_coming(self, tokens: int, running_batch: Any) -> bool:
+    def _is_coming(self, tokens: int, num_running: int) -> bool:
         """Neighbours are giving what is missing of so much, and running requests can wait for it: who runs out of KV
         meanwhile would be sent back to the queue, so then what has come is taken at once.
         """
         if time.monotonic() - self._asked_at > _COMES_WITHIN_S or not self.memory.owner.owed():
             return False
-        soon = len(running_batch.reqs) * (_STEPS_MEANWHILE + self.allocator.page_size)
+        soon = num_running * (_STEPS_MEANWHILE + self.allocator.page_size)
         if self.allocator.available_size() + self.tree.evictable_size() < soon:
             return False
         return self.memory.ledger.totals().free < granules(self._bytes_for(tokens))
@@ -183,6 +192,6 @@ class SafePoint:
             total += chunk_rest(chunked) + answers_tokens([chunked]) + 2 * block
         return total
 
-    def _running_tokens(self, running_batch: Any) -> int:
+    def _running_tokens(self, requests: list[Any]) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
-        return answers_tokens(running_batch.reqs) + self.allocator.page_size * len(running_batch.reqs)
+        return answers_tokens(requests) + self.allocator.page_size * len(requests)

@@ -112,8 +112,7 @@ def _next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any
 def _new_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     point = RuntimeMemory.current().safe_point
     assert point is not None
-    point.before_admission(running_batch)
-    return original(scheduler, running_batch)
+    return point.new_prefill(original, running_batch)
 
 
 def _register_bell(result: Any, scheduler: Any) -> None:

@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGener
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from prism_sgl import footprint
+from prism_sgl.allocator.elastic_pool import ElasticPool
 from prism_sgl.allocator.ledger import Kind
 from prism_sgl.allocator.vmm import GRANULE_BYTES
 from prism_sgl.engine import page_eviction
@@ -24,7 +25,7 @@ from prism_sgl.engine.safe_point import SafePoint
 from prism_sgl.engine.support import refuse_other_prefix_cache
 from prism_sgl.errors import PrismError
 from prism_sgl.messages import RuntimeFacts, RuntimeState
-from prism_sgl.units import granules
+from prism_sgl.units import granules, round_up
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,8 @@ def bind(scheduler: Any) -> RuntimeFacts:
         token_bytes=token_bytes,
         page_bytes=memory.spec.kv_page_bytes,
     )
-    floor = granules(max(memory.spec.floor_bytes, full_bytes))
     ceiling = granules(pool.vmm.size_bytes)
-    floor = min(floor, ceiling)
+    floor = min(_whole_pages(pool, max(memory.spec.floor_bytes, full_bytes)), ceiling)
     memory.owner.set_quota(floor, ceiling)
     point.allocator.rehearse()
     page_eviction.rehearse(point.allocator)
@@ -217,4 +217,12 @@ def _sleep_on(memory: RuntimeMemory, missing: str) -> NoReturn:
 
 def prism_quota(scheduler: Any, floor_bytes: int, ceiling_bytes: int) -> None:
     """New floor and ceiling of KV from the router."""
-    RuntimeMemory.current().owner.set_quota(granules(floor_bytes), granules(ceiling_bytes))
+    memory = RuntimeMemory.current()
+    assert memory.kv is not None
+    ceiling = granules(ceiling_bytes)
+    memory.owner.set_quota(min(_whole_pages(memory.kv, floor_bytes), ceiling), ceiling)
+
+
+def _whole_pages(pool: ElasticPool, size_bytes: int) -> int:
+    """A floor, in granules. Only pages are given: below a floor within a page a victim would take the page back."""
+    return granules(round_up(size_bytes, pool.pages.page_bytes))

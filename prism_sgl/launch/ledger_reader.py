@@ -57,11 +57,12 @@ class LedgerReader:
         ledger = self._ledgers.get(device)
         if ledger is None:
             ledger = self._ledgers[device] = Ledger.open(self._paths[device])
-        totals = ledger.totals()
+        owners = ledger.owners()  # once, so that all of it is of one moment
+        returning = sum(owner.held for owner in owners if not owner.alive)
         return DeviceMemory(
             device=device,
-            free_bytes=totals.free * GRANULE_BYTES,
-            returning_bytes=totals.returning * GRANULE_BYTES,
+            free_bytes=(ledger.budget - sum(owner.held for owner in owners)) * GRANULE_BYTES,
+            returning_bytes=returning * GRANULE_BYTES,
             owners=[
                 OwnerMemory(
                     model=owner.name.rpartition("@")[0] or owner.name,
@@ -69,7 +70,7 @@ class LedgerReader:
                     kv_bytes=owner.kv * GRANULE_BYTES,
                     overhead_bytes=owner.overhead * GRANULE_BYTES,
                 )
-                for owner in ledger.owners()
+                for owner in owners
                 if owner.alive
             ],
         )

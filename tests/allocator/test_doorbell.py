@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -34,6 +35,19 @@ def test_ringing_a_full_or_a_missing_bell_does_no_harm(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
         dead.bind(bell.path)  # a file that nobody listens on any more
     ring(bell.path)
+
+
+def test_who_rings_never_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the middle of its books: what it has just returned would be returned again."""
+
+    def no_descriptor(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    bell = Doorbell(str(tmp_path / "bell-1"))
+    monkeypatch.setattr("prism_sgl.allocator.doorbell.socket.socket", no_descriptor)
+    ring(bell.path)
+    monkeypatch.undo()
+    bell.close()
 
 
 def test_a_bell_is_private_and_replaces_a_dead_one(tmp_path: Path) -> None:

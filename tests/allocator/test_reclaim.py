@@ -10,7 +10,7 @@ import pytest
 from prism_sgl.allocator import doorbell
 from prism_sgl.allocator.ledger import Kind, Ledger, Owner, OwnerView, Target
 from prism_sgl.allocator.ledger_views import NOT_ENFORCED
-from prism_sgl.allocator.reclaim import choose_victims
+from prism_sgl.allocator.reclaim import Claim, choose_victims
 from prism_sgl.messages import RuntimeState
 from tests.allocator.conftest import join
 
@@ -78,7 +78,7 @@ def test_idle_ones_first_then_low_priority_then_large_surplus() -> None:
 
 
 def test_nobody_is_asked_below_its_floor_or_for_the_same_granules_twice() -> None:
-    pending = Target(granules=6, seq=1, deadline_ns=NOW_NS + 1)
+    pending = Target(granules=6, seq=1, deadline_ns=NOW_NS + 1, enforced=6)
     others = [
         owner(1, kv=10, floor=10),
         owner(2, kv=5, floor=10),
@@ -92,7 +92,7 @@ def test_who_cannot_answer_is_not_asked() -> None:
         owner(1, kv=5, alive=False),
         owner(2, kv=5, state=RuntimeState.STARTING),
         owner(3, kv=0, weights=5, state=RuntimeState.WAKING),
-        owner(4, kv=5, target=Target(granules=4, seq=1, deadline_ns=NOW_NS)),  # overdue: slow already
+        owner(4, kv=5, target=Target(granules=4, seq=1, deadline_ns=NOW_NS, enforced=4)),  # slow already
         owner(5, kv=5, state=RuntimeState.DRAINING),
     ]
     assert chosen(HUNGRY, others, 100) == [(5, 5)]
@@ -119,7 +119,7 @@ def test_sleepers_are_asked_first_and_for_their_weights() -> None:
 def test_a_sleeper_is_asked_for_all_it_holds_but_once() -> None:
     view = sleeper(1, weights=6, floor=4)
     assert (view.elastic, view.kept, view.surplus, view.reclaimable) == (6, 0, 6, 6)
-    asked = sleeper(1, weights=6, target=Target(granules=2, seq=1, deadline_ns=NOW_NS + 1))
+    asked = sleeper(1, weights=6, target=Target(granules=2, seq=1, deadline_ns=NOW_NS + 1, enforced=2))
     assert asked.reclaimable == 2
     assert chosen(HUNGRY, [asked], 100) == [(1, 2)]
     assert chosen(HUNGRY, [sleeper(1, weights=0)], 100) == []
@@ -158,6 +158,31 @@ def test_only_who_lacks_its_floor_or_ranks_higher_may_send_requests_back() -> No
 
     assert rights(HUNGRY) == {3: True, 2: True, 1: True}
     assert rights(SATED) == {3: False, 2: True, 1: False}
+
+
+def test_a_right_goes_before_what_equals_were_promised() -> None:
+    """After what nobody was promised, and also where that is overdue: its running requests need it, and may go back."""
+    promised = Target(granules=4, seq=1, deadline_ns=NOW_NS + 1)
+    others = [owner(1, kv=10, floor=2, target=promised), owner(2, kv=3)]
+    assert chosen(HUNGRY, others, 4) == [(1, 2), (2, 2)]
+    assert chosen(HUNGRY, others, 100) == [(1, 8), (2, 3)]
+    assert chosen(SATED, others, 100) == [(2, 1)]
+    overdue = owner(1, kv=10, floor=2, target=Target(granules=4, seq=1, deadline_ns=NOW_NS))
+    assert chosen(HUNGRY, [overdue, owner(2, kv=3)], 4) == [(1, 1), (2, 3)]
+    assert chosen(SATED, [overdue], 4) == []
+
+
+def test_equals_take_whole_pages_or_nothing() -> None:
+    """A victim gives whole pages: with one page more than I it would have one less than I, and ask it back."""
+
+    def taken(mine: int, theirs: int) -> list[Claim]:
+        me, victim = owner(0, kv=64 * mine), owner(1, kv=64 * theirs)
+        return choose_victims(me, [me, victim], 640, NOW_NS, page=64)
+
+    assert taken(3, 4) == []
+    assert [claim.granules for claim in taken(3, 5)] == [64]
+    assert [claim.granules for claim in taken(3, 8)] == [128]
+    assert taken(4, 4) == []
 
 
 def test_busy_owners_borrow_by_their_shares() -> None:
@@ -271,6 +296,29 @@ def test_only_what_is_asked_by_right_is_enforced(ledger: Ledger) -> None:
     assert target is not None and (target.granules, target.enforced) == (25, 45)
 
 
+def test_what_running_requests_keep_from_equals_they_do_not_keep_from_a_right(ledger: Ledger) -> None:
+    """An equal's ask that they cannot meet gets overdue, and stays, for somebody always waits."""
+    rich, poor, needy = join(ledger, "rich"), join(ledger, "poor"), join(ledger, "needy", floor=20)
+    for busy in (rich, poor, needy):
+        busy.set_activity(True, 0, 1)
+    assert rich.try_reserve(Kind.KV, 60)
+    fill(ledger)
+    poor.post_targets(20, 0.0)
+    poor.post_targets(20, 60.0)
+    target = rich.target()
+    assert target is not None and target.overdue(time.monotonic_ns())
+    (posted,) = needy.post_targets(20, 60.0)
+    target = rich.target()
+    assert target is not None and (posted.granules, target.enforced) == (20, 40)
+    assert not target.overdue(time.monotonic_ns()), "its requests have their time, which began with the right"
+    assert needy.post_targets(20, 60.0) == []  # it is coming
+    assert needy.owed() == 20
+    rich.release(Kind.KV, 20)
+    assert needy.try_reserve(Kind.KV, 20)
+    assert needy.owed() == 0
+    ledger.check()
+
+
 def test_a_target_is_wanted_while_somebody_asks_or_the_ceiling_demands_it(ledger: Ledger) -> None:
     victim, asker = join(ledger, "victim"), join(ledger, "asker", floor=10)
     assert victim.try_reserve(Kind.KV, 60)
@@ -374,6 +422,7 @@ def test_a_target_follows_a_raised_floor(ledger: Ledger, floor: int) -> None:
     target = victim.target()
     assert target is not None
     assert target.granules == max(80, floor)
+    ledger.check()
 
 
 def test_a_lowered_ceiling_is_a_target_without_a_deadline(ledger: Ledger) -> None:

@@ -210,6 +210,39 @@ def test_who_waits_asks_for_what_is_still_missing(runtime: Runtime, monkeypatch:
     assert runtime.asked == [11, 6, 2]
 
 
+def test_who_has_just_been_prefilled_is_at_work(runtime: Runtime) -> None:
+    """SGLang adds them to those that decode only in this turn; an idle owner gives all that it has."""
+    request = SimpleNamespace(output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=4 * PAGE_TOKENS))
+    prefilled = SimpleNamespace(
+        reqs=[request], forward_mode=SimpleNamespace(is_extend=lambda: True), is_empty=lambda: False
+    )
+    runtime.turn(prefilled)
+    assert runtime.elastic.owner.view.busy
+    assert runtime.elastic.allocator.usable_tokens() >= 4 * PAGE_TOKENS  # its answer is foreseen
+
+
+def test_nobody_is_admitted_while_neighbours_are_owed_even_where_requests_have_priorities(
+    runtime: Runtime,
+) -> None:
+    """SGLang then looks at the queue whatever ``batch_is_full`` says; a prefill that is half done goes on."""
+    seen: list[list[object]] = []
+    scheduler, running = runtime.scheduler, SimpleNamespace(batch_is_full=False)
+
+    def original(scheduler: SimpleNamespace, running_batch: SimpleNamespace) -> str:
+        running_batch.batch_is_full = False
+        seen.append(list(scheduler.waiting_queue))
+        scheduler.waiting_queue.append("its grammar is ready")
+        return "plan"
+
+    scheduler.waiting_queue = ["waits"]
+    runtime.point.giving.owes = True
+    assert runtime.point.new_prefill(original, running) == "plan"
+    assert seen == [[]] and scheduler.waiting_queue == ["waits", "its grammar is ready"]
+    runtime.point.giving.owes = False
+    runtime.point.new_prefill(original, running)
+    assert seen[1] == ["waits", "its grammar is ready"]
+
+
 def test_no_first_token_waits_for_a_look_at_torchs_memory(runtime: Runtime) -> None:
     prefill, decode = (
         SimpleNamespace(
