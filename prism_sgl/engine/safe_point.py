@@ -85,6 +85,8 @@ class SafePoint:
         if not (self.giving.owes or self.asleep):
             return original(scheduler, running_batch)
         running_batch.batch_is_full = True
+        if not scheduler.enable_priority_preemption:
+            return original(scheduler, running_batch)
         # Where requests have priorities SGLang takes that back (scheduler.py:3107), so nobody is seen to wait.
         waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
         try:

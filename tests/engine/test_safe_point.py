@@ -236,6 +236,12 @@ def test_nobody_is_admitted_while_neighbours_are_owed_even_where_requests_have_p
 
     scheduler.waiting_queue = ["waits"]
     runtime.point.giving.owes = True
+    scheduler.enable_priority_preemption = False
+    plan = runtime.point.new_prefill(
+        lambda scheduler, running: (running.batch_is_full, scheduler.waiting_queue), running
+    )
+    assert plan == (True, ["waits"])
+    scheduler.enable_priority_preemption = True
     assert runtime.point.new_prefill(original, running) == "plan"
     assert seen == [[]] and scheduler.waiting_queue == ["waits", "its grammar is ready"]
     runtime.point.giving.owes = False
