@@ -182,19 +182,27 @@ def _memory(table: Table, devices: tuple[DeviceConfig, ...]) -> MemoryConfig:
     )
 
 
+# Two models that take turns without end would give each other the device before either has computed anything.
+_LEAST_TURN_S = 0.1
+# The window is divided: rates have buckets, and a balancing pass follows each twelfth of it.
+_LEAST_WINDOW_S = 1.0
+# The router knows that an answer is over before its last bytes have left the old runtime (schedulers/lifecycle.py).
+_LAST_WORDS_S = 1.0
+
+
 def _scheduler(table: Table, devices: tuple[DeviceConfig, ...]) -> SchedulerConfig:
     # A second engine for each model takes the memory of a host that is itself the device.
     default = SchedulerConfig(spares=sum(device.kind == "cuda" for device in devices) > 1)
     return SchedulerConfig(
         sleep_after_s=table.duration("sleep_after", default.sleep_after_s, example="45s"),
         min_residence_s=table.duration("min_residence", default.min_residence_s, example="2s"),
-        max_wait_s=table.duration("max_wait", default.max_wait_s, example="10s"),
-        window_s=table.duration("window", default.window_s, example="60s"),
+        max_wait_s=table.duration("max_wait", default.max_wait_s, example="10s", low=_LEAST_TURN_S),
+        window_s=table.duration("window", default.window_s, example="60s", low=_LEAST_WINDOW_S),
         prefill_window=table.integer("prefill_window", default.prefill_window, 1),
         start_parallel=table.integer("start_parallel", default.start_parallel, 1),
         min_move_gain=table.number("min_move_gain", default.min_move_gain, 0.0, 10.0),
         spares=table.flag("spares", default.spares),
-        move_drain_s=table.duration("move_drain", default.move_drain_s, example="5m"),
+        move_drain_s=table.duration("move_drain", default.move_drain_s, example="5m", low=_LAST_WORDS_S),
     )
 
 

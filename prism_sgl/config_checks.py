@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prism_sgl import addresses, footprint
@@ -15,7 +16,7 @@ from prism_sgl.units import GRANULE_BYTES, round_up, show_size
 if TYPE_CHECKING:
     from prism_sgl.config import Config, DeviceConfig, ModelConfig
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]*")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
 _DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path without its closing zero
 # Ours to set; each has a key of its own, or none because it would make the budget untrue.
@@ -42,10 +43,12 @@ def check_names(config: Config) -> None:
         where = f"models.{model.name}"
         for key, name in ((where, model.name), *((f"{where}.aliases", alias) for alias in model.aliases)):
             if _MODEL_NAME.fullmatch(name) is None:
+                # Its served_model_name may have none, and "base:adapter" in a request asks for a LoRA adapter.
+                why = ", and SGLang reads what follows a colon as an adapter" if ":" in name else ""
                 _fail(
                     config,
                     key if key.isprintable() else repr(key),
-                    f"has the name {name!r:.60}",
+                    f"has the name {name!r:.60}{why}",
                     _NAME_REMEDY,
                 )
             if name in taken:
@@ -64,7 +67,7 @@ def check_names(config: Config) -> None:
                 _fail(config, f"{where}.engine_args.{argument}", "is no name of a SGLang argument", remedy)
 
 
-_NAME_REMEDY = "use letters, digits and . _ : / + - only, beginning with a letter or digit"
+_NAME_REMEDY = "use letters, digits and . _ / + - only, beginning with a letter or digit"
 
 
 def check_devices(config: Config) -> None:
@@ -91,7 +94,7 @@ def check_devices(config: Config) -> None:
 
 
 def check_fit(config: Config) -> None:
-    """Every model alone fits on a device with one request of full length, and all pinned ones together."""
+    """Every model fits on a device with one request of full length, beside the pinned ones there."""
     for model in config.models.values():
         _check_kv(config, model)
         largest = max(allowed_devices(config, model), key=lambda device: device.memory_bytes)
@@ -105,20 +108,78 @@ def check_fit(config: Config) -> None:
                 f"the {show_size(largest.memory_bytes)} of {largest.name}",
                 "give a device more memory, or lower engine_args.context_length or min_kv",
             )
-    pinned = [model for model in config.models.values() if model.pin]
-    for model in pinned:
-        names = {device.name for device in allowed_devices(config, model)}
-        beside = [m for m in pinned if {d.name for d in allowed_devices(config, m)} <= names]
-        needed = sum(least_bytes(config, m) for m in beside)
-        budget = sum(device.memory_bytes for device in config.devices if device.name in names)
-        if needed > budget:
+    groups = _pinned_groups(config)
+    for group in groups:
+        if group.left_bytes < 0:
             _fail(
                 config,
-                f"models.{model.name}.pin",
-                f"is true, but pinned {', '.join(m.name for m in beside)} need {show_size(needed)} "
-                f"of the {show_size(budget)} on {', '.join(sorted(names))}",
+                f"models.{group.name}.pin",
+                f"is true, but pinned {', '.join(group.models)} need {show_size(group.needed_bytes)} "
+                f"of the {show_size(group.budget_bytes)} on {', '.join(sorted(group.devices))}",
                 "pin fewer models",
             )
+    for model in config.models.values():
+        if not model.pin:
+            _check_beside_pinned(config, model, groups)
+
+
+@dataclass(frozen=True)
+class _PinnedGroup:
+    """Pinned models that can be on these devices only: whatever fits there has to fit beside all of them."""
+
+    name: str  # of the model that can be on all of these
+    models: tuple[str, ...]
+    devices: frozenset[str]
+    needed_bytes: int
+    budget_bytes: int
+
+    @property
+    def left_bytes(self) -> int:
+        return self.budget_bytes - self.needed_bytes
+
+
+def _pinned_groups(config: Config) -> list[_PinnedGroup]:
+    needed = {model.name: least_bytes(config, model) for model in config.models.values() if model.pin}
+    places = {
+        name: frozenset(
+            device.name
+            for device in allowed_devices(config, config.models[name])
+            if device.memory_bytes >= needed_bytes
+        )
+        for name, needed_bytes in needed.items()
+    }
+    groups = []
+    for name, devices in places.items():
+        models = tuple(other for other in needed if places[other] <= devices)
+        budget = sum(device.memory_bytes for device in config.devices if device.name in devices)
+        groups.append(_PinnedGroup(name, models, devices, sum(needed[m] for m in models), budget))
+    return groups
+
+
+def _check_beside_pinned(config: Config, model: ModelConfig, groups: Sequence[_PinnedGroup]) -> None:
+    """Pinned models never give way, so each request to one that has no room beside them would be refused.
+
+    How pinned models that have a choice are spread over their devices is placement's to find; an error is only what
+    no placement could mend.
+    """
+    needed = least_bytes(config, model)
+    tightest = []
+    for device in allowed_devices(config, model):
+        there = [group for group in groups if device.name in group.devices]
+        if device.memory_bytes < needed:
+            continue
+        if not there or (group := min(there, key=lambda group: group.left_bytes)).left_bytes >= needed:
+            return
+        tightest.append(group)
+    roomiest = max(tightest, key=lambda group: group.left_bytes)
+    _fail(
+        config,
+        f"models.{model.name}",
+        f"needs {show_size(needed)}, more than the {show_size(roomiest.left_bytes)} that pinned "
+        f"{', '.join(roomiest.models)} leave of the {show_size(roomiest.budget_bytes)} on "
+        f"{', '.join(sorted(roomiest.devices))}",
+        "pin fewer models, or give a device more memory",
+    )
 
 
 def allowed_devices(config: Config, model: ModelConfig) -> Iterable[DeviceConfig]:
@@ -128,28 +189,38 @@ def allowed_devices(config: Config, model: ModelConfig) -> Iterable[DeviceConfig
 def least_bytes(config: Config, model: ModelConfig) -> int:
     """What the model must hold to answer its longest request, as far as its files tell."""
     memory = config.memory
-    one = footprint.floor_bytes(
-        request_tokens=model.context_tokens,
-        block_tokens=model.block_tokens,
-        token_bytes=model.kv_bytes_per_token,
-        page_bytes=memory.kv_page_bytes,
-    )
-    floor = max(one, round_up(model.min_kv_bytes, memory.kv_page_bytes))
+    floor = max(_one_request_bytes(config, model), round_up(model.min_kv_bytes, memory.kv_page_bytes))
     overhead = footprint.overhead_bytes(device.kind for device in allowed_devices(config, model))
     return footprint.weights_bytes(model.weights_bytes, memory.weights_page_bytes) + floor + overhead
 
 
+def _one_request_bytes(config: Config, model: ModelConfig) -> int:
+    """KV for one request of full length, in whole pages."""
+    return footprint.floor_bytes(
+        request_tokens=model.context_tokens,
+        block_tokens=model.block_tokens,
+        token_bytes=model.kv_bytes_per_token,
+        page_bytes=config.memory.kv_page_bytes,
+    )
+
+
 def _check_kv(config: Config, model: ModelConfig) -> None:
     one = model.kv_bytes_per_token * model.context_tokens
-    for key, size_bytes in (("min_kv", model.min_kv_bytes), ("max_kv", model.max_kv_bytes)):
-        if 0 < size_bytes < one:
-            least = show_size(round_up(one, GRANULE_BYTES))
+    # A pool holds whole pages. What the files do not tell is left to the engine.
+    one_in_pages = _one_request_bytes(config, model) if one else 0
+    pages = f", in pages of {show_size(config.memory.kv_page_bytes)}"
+    for key, size_bytes, low_bytes, how in (
+        ("min_kv", model.min_kv_bytes, one, ""),
+        ("max_kv", model.max_kv_bytes, one_in_pages, pages),
+    ):
+        if 0 < size_bytes < low_bytes:
+            least_mib = round_up(low_bytes, GRANULE_BYTES) >> 20  # GiB with two digits may be less
             _fail(
                 config,
                 f"models.{model.name}.{key}",
                 f"is {show_size(size_bytes)}, less than one request of full length "
-                f"({model.context_tokens} tokens x {model.kv_bytes_per_token} bytes)",
-                f'give at least "{least}" or lower engine_args.context_length',
+                f"({model.context_tokens} tokens x {model.kv_bytes_per_token} bytes{how})",
+                f'give at least "{least_mib}MiB" or lower engine_args.context_length',
             )
     if 0 < model.max_kv_bytes < model.min_kv_bytes:
         problem = f"is {show_size(model.min_kv_bytes)}, more than max_kv ({show_size(model.max_kv_bytes)})"

@@ -103,11 +103,13 @@ class Table:
             self._wrong(key, self.values[key], f'give a multiple of 2MiB, e.g. "{show_size(default)}"')
         return size_bytes
 
-    def duration(self, key: str, default: float, *, example: str) -> float:
+    def duration(self, key: str, default: float, *, example: str, low: float = 0.0) -> float:
         value = self.values.get(key, default)
         seconds = parse_duration(value)
         if seconds is None:
             self._wrong(key, value, f'give a time, e.g. "{example}" or {default:g} (seconds)')
+        if seconds < low:
+            self._wrong(key, value, f'give at least {low:g} s, e.g. "{example}" or {default:g} (seconds)')
         return seconds
 
     def milliseconds(self, key: str, default_s: float) -> float:

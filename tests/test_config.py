@@ -204,6 +204,11 @@ ERRORS = {
     "[scheduler]\nmin_move_gain = -0.1\n": (
         "scheduler.min_move_gain is -0.1; give a number from 0 to 10, e.g. 0.1"
     ),
+    '[scheduler]\nwindow = "0s"\n': 'scheduler.window is "0s"; give at least 1 s, e.g. "60s" or 60 (seconds)',
+    "[scheduler]\nmax_wait = 0\n": 'scheduler.max_wait is 0; give at least 0.1 s, e.g. "10s" or 10 (seconds)',
+    '[scheduler]\nmove_drain = "500ms"\n': (
+        'scheduler.move_drain is "500ms"; give at least 1 s, e.g. "5m" or 300 (seconds)'
+    ),
     # devices
     'devices = "host0"\n': 'devices is "host0", not a list of tables; write each as [[devices]]',
     '[[devices]]\nkind = "host"\n': 'devices[0].name is missing; give e.g. name = "host0"',
@@ -237,8 +242,15 @@ ERRORS = {
         'models.chat.path is "/", which has no config.json; give the folder of the model\'s files'
     ),
     HOST + '[models."a b"]\npath = "MODEL"\n': (
-        "models.a b has the name 'a b'; use letters, digits and . _ : / + - only, "
-        "beginning with a letter or digit"
+        "models.a b has the name 'a b'; use letters, digits and . _ / + - only, beginning with a letter or digit"
+    ),
+    HOST + '[models."qwen:7b"]\npath = "MODEL"\n': (
+        "models.qwen:7b has the name 'qwen:7b', and SGLang reads what follows a colon as an adapter; "
+        "use letters, digits and . _ / + - only, beginning with a letter or digit"
+    ),
+    HOST + CHAT + 'aliases = ["chat:small"]\n': (
+        "models.chat.aliases has the name 'chat:small', and SGLang reads what follows a colon as an adapter; "
+        "use letters, digits and . _ / + - only, beginning with a letter or digit"
     ),
     HOST + CHAT + 'aliases = ["x"]\n[models.x]\npath = "MODEL"\n': (
         'models.x is "x", which models.chat.aliases is too; give each model names of its own'
@@ -283,9 +295,10 @@ ERRORS = {
         "models.chat.min_kv is 7MiB, less than one request of full length (2048 tokens x 4096 bytes); "
         'give at least "8MiB" or lower engine_args.context_length'
     ),
-    HOST + CHAT + 'max_kv = "7MiB"\n': (
-        "models.chat.max_kv is 7MiB, less than one request of full length (2048 tokens x 4096 bytes); "
-        'give at least "8MiB" or lower engine_args.context_length'
+    HOST + CHAT + 'max_kv = "8MiB"\n': (
+        "models.chat.max_kv is 8MiB, less than one request of full length "
+        "(2048 tokens x 4096 bytes, in pages of 2MiB); "
+        'give at least "10MiB" or lower engine_args.context_length'
     ),
     HOST + CHAT + 'min_kv = "64MiB"\nmax_kv = "32MiB"\n': (
         "models.chat.min_kv is 64MiB, more than max_kv (32MiB); lower it or raise max_kv"
@@ -297,6 +310,12 @@ ERRORS = {
     ),
     HOST.replace("1GiB", "200MiB") + CHAT + 'pin = true\n[models.code]\npath = "MODEL"\npin = true\n': (
         "models.chat.pin is true, but pinned chat, code need 220MiB of the 200MiB on host0; pin fewer models"
+    ),
+    HOST.replace("1GiB", "300MiB")
+    + CHAT
+    + 'pin = true\nmin_kv = "100MiB"\n[models.code]\npath = "MODEL"\n': (
+        "models.code needs 110MiB, more than the 100MiB that pinned chat leave of the 300MiB on host0; "
+        "pin fewer models, or give a device more memory"
     ),
     # syntax
     "[server]\nport =\n": "line 2, column 7 is not TOML (Invalid value); correct it there",
@@ -393,6 +412,37 @@ def test_a_card_needs_room_for_what_an_engine_holds_beside_pages(tmp_path: Path,
     assert "models.chat needs 2.25GiB" in error(tmp_path, card.replace("1GiB", "2GiB") + CHAT)
     config = read(tmp_path, card.replace("1GiB", "3GiB") + CHAT)
     assert config.memory.kv_page_bytes == config.memory.weights_page_bytes == 128 << 20
+
+
+def test_max_kv_holds_a_page_of_a_card(tmp_path: Path, model: Path) -> None:
+    card = HOST.replace("host0", "gpu0").replace('"host"', '"cuda"').replace("1GiB", "8GiB")
+    assert error(tmp_path, card + CHAT + 'max_kv = "64MiB"\n') == (
+        "models.chat.max_kv is 64MiB, less than one request of full length "
+        "(2048 tokens x 4096 bytes, in pages of 128MiB); "
+        'give at least "128MiB" or lower engine_args.context_length'
+    )
+    assert read(tmp_path, card + CHAT + 'max_kv = "128MiB"\n').models["chat"].max_kv_bytes == 128 << 20
+
+
+def test_model_needs_one_device_with_room_beside_the_pinned_ones(tmp_path: Path, model: Path) -> None:
+    hosts = HOST.replace("1GiB", "200MiB") + HOST.replace("host0", "host1").replace("1GiB", "300MiB")
+    code = '[models.code]\npath = "MODEL"\n'
+
+    def pinned(*on: str) -> str:
+        return CHAT + f"pin = true\ndevices = {list(on)}\n"
+
+    assert read(tmp_path, hosts + pinned("host0") + code).models["chat"].pin
+    assert read(tmp_path, hosts + pinned("host0", "host1") + code).models["chat"].pin, "there is a way"
+    assert error(tmp_path, hosts + pinned("host0") + code + 'devices = ["host0"]\n') == (
+        "models.code needs 110MiB, more than the 90MiB that pinned chat leave of the 200MiB on host0; "
+        "pin fewer models, or give a device more memory"
+    )
+    # It can be on one of its devices only, whatever it is allowed.
+    large = CHAT + 'pin = true\nmin_kv = "110MiB"\n'
+    assert error(tmp_path, hosts + large + code + 'min_kv = "110MiB"\n') == (
+        "models.code needs 210MiB, more than the 90MiB that pinned chat leave of the 300MiB on host1; "
+        "pin fewer models, or give a device more memory"
+    )
 
 
 def test_models_sleep_on_a_second_card_too_unless_told_otherwise(tmp_path: Path, model: Path) -> None:

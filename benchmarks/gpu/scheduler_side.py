@@ -69,7 +69,7 @@ class _Wish:
             self._end(f"the memory did not come within {_PATIENCE_S:.0f} s")
             return waiting
         point = self._point
-        spare = point.allocator.available_size() - waiting - point._running_tokens(running_batch)
+        spare = point.allocator.available_size() - waiting - point._running_tokens(running_batch.reqs)
         return waiting + max(0, int(spare)) + int(point.tree.evictable_size()) + self._missing()
 
     def _grow(self, tokens: int) -> int:

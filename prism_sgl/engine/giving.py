@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -181,9 +182,9 @@ class Giving:
 
     def _rest_of(self, requests: Iterable[Any]) -> int:
         """Tokens that they will still write, by SGLang's own estimate (schedule_policy.py:559)."""
-        requests = list(requests)
-        exact = answers_tokens(r for r in requests if r.sampling_params.ignore_eos)
-        likely = answers_tokens(r for r in requests if not r.sampling_params.ignore_eos)
+        requests, longest = list(requests), longest_rest(self.tree)
+        exact = answers_tokens((r for r in requests if r.sampling_params.ignore_eos), longest)
+        likely = answers_tokens((r for r in requests if not r.sampling_params.ignore_eos), longest)
         ratio: float = self.scheduler.new_token_ratio_tracker.current
         return math.ceil(exact + likely * ratio + self.allocator.page_size * len(requests))
 
@@ -229,13 +230,18 @@ def not_merged(running: Any, last: Any) -> list[Any]:
     return list(last.reqs)
 
 
-def answers_tokens(requests: Iterable[Any]) -> int:
+def longest_rest(tree: Any) -> int:
+    """So many tokens of one answer admission reserves at most; without a prefix cache all (schedule_policy.py:936)."""
+    return sys.maxsize if tree.disable else _LONGEST_REST
+
+
+def answers_tokens(requests: Iterable[Any], longest: int) -> int:
     """Tokens that admission reserves for the rests of these answers (schedule_policy.py:559)."""
     total = 0
     for request in requests:  # no call in it: it runs in every decode step
         rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
         if rest > 0:
-            total += rest if rest < _LONGEST_REST else _LONGEST_REST
+            total += rest if rest < longest else longest
     return total
 
 

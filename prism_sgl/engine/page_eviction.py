@@ -37,7 +37,7 @@ class Look:
     """
 
     def __init__(self, tree: Any, allocator: ElasticAllocator) -> None:
-        """``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279)."""
+        """``tree`` is SGLang's RadixCache (srt/mem_cache/radix_cache.py:279), or its ChunkCache."""
         self.tree = tree
         self.allocator = allocator
         self.nodes = _unlocked_nodes(tree)
@@ -205,6 +205,8 @@ def _numbers_of(values: Sequence[torch.Tensor], allocator: ElasticAllocator) -> 
 
 def _unlocked_nodes(tree: Any) -> list[Any]:
     """Nodes that no running request holds, parents first. A lock covers all ancestors, so none below them is locked."""
+    if tree.is_chunk_cache():
+        return []  # the radix cache is off: no prefix outlives its request, and there is no tree
     found = [tree.root_node]
     for member in found:
         found.extend(member.children.values())

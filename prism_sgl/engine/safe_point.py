@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prism_sgl.engine import strangers
-from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest, not_merged
+from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest, longest_rest, not_merged
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
@@ -42,6 +42,7 @@ class SafePoint:
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
+        self._longest_rest = longest_rest(self.tree)
         self.giving = Giving(scheduler, memory)
         self._was_idle = False
         self._asked_at = -math.inf
@@ -188,12 +189,12 @@ class SafePoint:
         block = self.allocator.page_size
         waiting = self.scheduler.waiting_queue[: max(slots, 0)]
         prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
-        total = prompts + answers_tokens(waiting) + 2 * block * len(waiting)
+        total = prompts + answers_tokens(waiting, self._longest_rest) + 2 * block * len(waiting)
         chunked = self.scheduler.chunked_req
         if chunked is not None:
-            total += chunk_rest(chunked) + answers_tokens([chunked]) + 2 * block
+            total += chunk_rest(chunked) + answers_tokens([chunked], self._longest_rest) + 2 * block
         return total
 
     def _running_tokens(self, requests: list[Any]) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
-        return answers_tokens(requests) + self.allocator.page_size * len(requests)
+        return answers_tokens(requests, self._longest_rest) + self.allocator.page_size * len(requests)

@@ -34,6 +34,7 @@ _REFUSED_OPTIONS: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("cpu_offload_gb", (0,), "weights offloaded to the host lie outside the arena"),
     ("offload_group_size", (-1, 0), "weights offloaded to the host lie outside the arena"),
     ("disaggregation_mode", ("null", None), "prefill/decode disaggregation"),
+    ("enable_pdmux", (False,), "prefill/decode multiplexing: its own loop never comes to our safe point"),
     ("enable_memory_saver", (False,), "torch_memory_saver: sleep and wake are ours"),
     ("weight_cache_mode", ("off",), "SGLang's weight cache daemon: images are ours"),
     ("enable_unified_memory", (False,), "SGLang's unified memory pool"),

@@ -40,6 +40,7 @@ _NOT_RETURNED = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"trailer", b"x-request-id"}
 )
 _PUBLIC = frozenset({"/health", "/health_generate", "/ready", "/live", "/ping", "/metrics"})
+_NO_OTHER_SITE = (b"none", b"same-origin")  # none: typed into the address bar
 _PROXY_HEADERS = (b"x-forwarded-for", b"forwarded", b"x-real-ip")
 
 
@@ -165,10 +166,16 @@ def _unauthorized(kind: str, given: bytes) -> HttpError:
 
 
 def _is_loopback(call: Call) -> bool:
-    """From this host, by a program: a page in a browser (Origin) or somebody behind a local proxy is not that."""
-    if b"origin" in call.headers or any(name in call.headers for name in _PROXY_HEADERS):
+    """From this host, by a program: a page in a browser or somebody behind a local proxy is not that."""
+    # The image of a page is asked for without Origin, but says that another site wants it.
+    if b"origin" in call.headers or call.headers.get(b"sec-fetch-site", b"none") not in _NO_OTHER_SITE:
+        return False
+    if call.client is None or any(name in call.headers for name in _PROXY_HEADERS):
         return False
     try:
-        return call.client is not None and ipaddress.ip_address(call.client).is_loopback
+        address = ipaddress.ip_address(call.client)
     except ValueError:
         return False
+    # Listening on "::", 127.0.0.1 comes as ::ffff:127.0.0.1, which Python before 3.13 does not call loopback.
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -23,10 +23,12 @@ from prism_sgl.messages import RuntimeId, RuntimeState
 log = logging.getLogger(__name__)
 
 _MODEL_PREFIX = "/m/"
+_LONGEST_NAME = 1024  # a path of nothing but slashes is not tried at each of them
 _INFO_TIMEOUT_S = 120.0
 _CANCELLED = "cancelled"
+_READABLE: Headers = [(b"access-control-allow-origin", b"*")]
 _CORS: Headers = [
-    (b"access-control-allow-origin", b"*"),
+    *_READABLE,
     (b"access-control-allow-methods", b"GET, POST, PUT"),
     (b"access-control-allow-headers", b"*"),
     (b"access-control-max-age", b"600"),
@@ -49,6 +51,8 @@ class Front:
         call = Call(scope)
         request_id = call.request_id() or self._forwarder.new_id().encode()
         ours: Headers = [(b"x-request-id", request_id)]
+        # What we answer ourselves. SGLang's answers have it already, and browsers refuse it twice.
+        cors = _READABLE if b"origin" in call.headers and call.method != "OPTIONS" else []
         model = endpoint = ""
         code = _CANCELLED
         self._metrics.begun()
@@ -60,13 +64,16 @@ class Front:
                 return
             route, call.params = find(call.method, call.path)
             endpoint = route.path
+            if route.kind is Kind.ADMIN:
+                cors = []
             self._gate.check(call, route)
             kind = route.under_model if call.model is not None and route.under_model else route.kind
             if kind is Kind.REFUSED:
                 raise HttpError(403, "refused", f"{call.path} is refused: {route.reason}")
             if kind is Kind.OURS or (kind is Kind.ADMIN and _is_ours(route)):
                 reply = await self._answers.answer(route, call)
-                await answer(send, reply.status, reply.body, content_type=reply.content_type, headers=ours)
+                headers = [*ours, *cors]
+                await answer(send, reply.status, reply.body, content_type=reply.content_type, headers=headers)
                 code = str(reply.status)
                 return
             exchange = await self._open(call, route, kind, receive)
@@ -76,7 +83,7 @@ class Front:
             code = str(error.status)
             if error.status >= 500:
                 log.warning("%s %s: %s", request_id.decode(), endpoint or call.path[:200], error.message)
-            await answer(send, error.status, error.body(), headers=[*error.headers(), *ours])
+            await answer(send, error.status, error.body(), headers=[*error.headers(), *ours, *cors])
         except ConnectionResetError:
             pass  # the client went away while it sent
         except Exception:
@@ -90,7 +97,7 @@ class Front:
         if not call.path.startswith(_MODEL_PREFIX):
             return
         rest = call.path.removeprefix(_MODEL_PREFIX)
-        end = len(rest)
+        end = min(len(rest), _LONGEST_NAME)
         while end > 0:
             try:
                 call.model = self._answers.resolve(rest[:end])

@@ -57,7 +57,7 @@ class _Image:
         self.models = {name}  # those of the same weights share it
         self.size_bytes = size_bytes
         self.writer: _Peer | None = writer
-        self.waiting: list[_Peer] = []
+        self.waiting: dict[_Peer, str] = {}  # each with the model that it loads
         self.fd: int | None = None
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class ImageStore:
         self._close_peer(peer)
         for image in list(self._images.values()):
             if peer in image.waiting:
-                image.waiting.remove(peer)
+                del image.waiting[peer]
             elif image.writer is peer:
                 self._abandon(image, "its writer has gone")
 
@@ -203,7 +203,7 @@ class ImageStore:
             self._refuse(peer, "asked for already on this connection")
         else:
             image.models.add(request.name)
-            image.waiting.append(peer)
+            image.waiting[peer] = request.name
 
     def _create(self, peer: _Peer, request: OpenImage) -> None:
         if request.size_bytes <= 0:
@@ -251,7 +251,7 @@ class ImageStore:
             return
         image.fd = fd
         image.writer = None
-        waiting, image.waiting = image.waiting, []
+        waiting, image.waiting = image.waiting, {}
         self._log(
             f"images: {image.name} sealed, {show_size(image.size_bytes)} (all {show_size(self.held_bytes())})"
         )
@@ -262,9 +262,9 @@ class ImageStore:
     def _abandon(self, image: _Image, reason: str) -> None:
         self._remove(image)
         self._log(f"images: {image.name} dropped before it was sealed ({reason})")
-        waiting = [peer for peer in image.waiting if peer.alive]
-        for peer in waiting:
-            self._open(peer, OpenImage(key=image.key, size_bytes=image.size_bytes, name=image.name))
+        waiting = [(peer, name) for peer, name in image.waiting.items() if peer.alive]
+        for peer, name in waiting:
+            self._open(peer, OpenImage(key=image.key, size_bytes=image.size_bytes, name=name))
 
     def _remove(self, image: _Image) -> None:
         del self._images[image.key]

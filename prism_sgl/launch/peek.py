@@ -21,7 +21,9 @@ _FIRST_BYTES_PER_TOKEN = 4.0
 _LEARNING_RATE = 0.1
 _USAGE_BYTES = 4096
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,9})')
-_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n')
+_FORM_FIELD = b'name="model"\r\n'
+_FORM_HEAD_BYTES = 1024  # of the field, from its name to the empty line
+_FORM_VALUE = re.compile(rb"\r\n\r\n([^\r\n]{1,200})\r\n")
 _SLO_HEADERS = {
     "ttft": (b"x-slo-ttft-ms", b"x-llm-d-slo-ttft-ms"),
     "tpot": (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms"),
@@ -63,6 +65,8 @@ def peek_json(body: bytes) -> Peek:
         return _decode(body)
     except msgspec.ValidationError:
         raise HttpError(400, "invalid_json", "the body is not a JSON object") from None
+    except UnicodeDecodeError:
+        raise HttpError(400, "invalid_json", "the body is not JSON: it is not UTF-8") from None
     except (msgspec.DecodeError, RecursionError) as error:
         text = str(error) if isinstance(error, msgspec.DecodeError) else "it is nested too deeply"
         raise HttpError(400, "invalid_json", f"the body is not JSON: {text}") from None
@@ -70,8 +74,15 @@ def peek_json(body: bytes) -> Peek:
 
 def peek_form(body: bytes) -> Peek:
     """Of a multipart form only the model's name."""
-    found = _FORM_MODEL.search(body)
-    return Peek(model=found.group(1).decode(errors="replace") if found else None)
+    at = body.find(_FORM_FIELD)
+    while at >= 0:
+        head_end = body.find(b"\r\n\r\n", at, at + _FORM_HEAD_BYTES)
+        is_name = body[max(0, at - 1) : at] in (b" ", b";")  # and not the end of filename="model"
+        if is_name and head_end >= 0 and (found := _FORM_VALUE.match(body, head_end)):
+            return Peek(model=found.group(1).decode(errors="replace"))
+        # What was read is not read again, else a body of nothing but names would hold up everybody for seconds.
+        at = body.find(_FORM_FIELD, head_end if head_end >= 0 else at + _FORM_HEAD_BYTES)
+    return Peek()
 
 
 def wish(peek: Peek, headers: Mapping[bytes, bytes]) -> Wish:

@@ -1,7 +1,8 @@
 """The private folder of one instance, and what a killed instance left behind.
 
 Whoever holds the lock on ``<run_dir>/lock`` is the instance. A folder whose lock is free was left by one that
-was killed: its processes are ended and its files removed before the new instance begins.
+was killed: its processes are ended and its files removed before the new instance begins. Only a folder that was
+empty becomes ours, and the mark in its lock says so ever after: what has no mark may be somebody's models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from prism_sgl.errors import ConfigError, PortInUseError
 from prism_sgl.launch.processes import end_sessions, read_stat
 
 SHM_FOLDER = Path("/dev/shm")
+_MARK = b"prism_sgl sweeps this folder at its start and removes it at its end\n"
+_NUM_SHOWN = 3  # names of what is in the way
 
 
 class RunDir:
@@ -30,10 +33,13 @@ class RunDir:
         self._lock_fd = -1
 
     def acquire(self) -> None:
-        """Make it ours. Raises if another instance lives in it or the folder is not ours alone."""
+        """Make it ours. Raises if another instance lives in it, others may enter it, or it holds what is not ours."""
         while True:
             self._make()
-            self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._lock_fd = self._open_lock()
+            except FileNotFoundError:
+                continue  # the former owner has removed the folder
             try:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -50,6 +56,8 @@ class RunDir:
             except FileNotFoundError:
                 pass
             os.close(self._lock_fd)
+        if os.pread(self._lock_fd, len(_MARK) + 1, 0) != _MARK:
+            self._mark()
         self._sweep()
         for folder in ("tmp", "logs"):
             (self.path / folder).mkdir(mode=0o700)
@@ -78,7 +86,8 @@ class RunDir:
         self._remove_ledgers()
         self._remove_files()
         (self.path / "lock").unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # without the lock it may be the next instance's already
+            self.path.rmdir()
         os.close(self._lock_fd)
         self._lock_fd = -1
 
@@ -97,6 +106,37 @@ class RunDir:
                 f"{self.path} is not a folder of this user alone (mode 0700)",
                 "remove it or give another one",
             )
+
+    def _open_lock(self) -> int:
+        # One look at all names: an instance that begins or ends meanwhile has its lock before and after all else.
+        names = os.listdir(self.path)
+        if names and "lock" not in names:
+            raise self._not_ours(names)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(self.path / "lock", flags, 0o600)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            raise self._not_ours(names) from None
+
+    def _mark(self) -> None:
+        names = os.listdir(self.path)
+        if names != ["lock"] or os.fstat(self._lock_fd).st_size > 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+            raise self._not_ours(names)
+        os.pwrite(self._lock_fd, _MARK, 0)
+
+    def _not_ours(self, names: list[str]) -> ConfigError:
+        shown = ", ".join(sorted(names)[:_NUM_SHOWN])
+        if len(names) > _NUM_SHOWN:
+            shown += f" and {len(names) - _NUM_SHOWN} more"
+        return ConfigError(
+            "server.run_dir",
+            f"{self.path} holds {shown}, but no lock that prism_sgl has written",
+            "give an empty or new folder: all that is in it is removed",
+        )
 
     def _sweep(self) -> None:
         for pid in _left_sessions(self.path / "pids"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from prism_sgl import addresses
 from prism_sgl.config import Config, DeviceConfig, ModelConfig, log_dir
+from prism_sgl.errors import ConfigError
 from prism_sgl.launch.run_dir import remove_listed
 from prism_sgl.messages import RuntimeId, RuntimeSpec
 
@@ -58,6 +60,19 @@ def build_spec(
         log_level=config.server.log_level,
         weights_bytes=model.weights_bytes,
     )
+
+
+def make_log_dir(config: Config) -> None:
+    """Raises ConfigError if nothing can be written there."""
+    path = Path(log_dir(config))
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        problem = f'is "{path}", which cannot be written to ({error.strerror})'
+        remedy = "give a folder that this user may write to, or leave it out"
+        raise ConfigError("server.log_dir", problem, remedy, file=config.file) from None
 
 
 def begin_log(path: Path, living: Collection[Path]) -> None:

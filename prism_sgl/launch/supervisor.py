@@ -29,7 +29,7 @@ from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.readiness import Readiness
 from prism_sgl.launch.router_link import RouterLink
 from prism_sgl.launch.run_dir import RunDir
-from prism_sgl.launch.runtimes import Runtime, begin_log, build_spec, remove_files
+from prism_sgl.launch.runtimes import Runtime, begin_log, build_spec, make_log_dir, remove_files
 from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import StandbyLink, private_environment, share_host
 from prism_sgl.launch.tasks import start_task
@@ -74,6 +74,7 @@ def run(
         directory = RunDir(run_dir(config), config.server.port)
         directory.acquire()
         try:
+            make_log_dir(config)
             progress = Progress(out)
             # Only now: what a killed instance left on the cards has been ended.
             for note in check_cards(config, cuda_environment(), read_cards, is_here=True):
@@ -119,7 +120,9 @@ class Supervisor:
         loop.set_exception_handler(
             lambda _, context: self._fail(context.get("exception") or RuntimeError(context["message"]))
         )
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Ignored under nohup: the server shall outlive its terminal.
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             loop.add_signal_handler(number, self._on_signal)
         self._link = RouterLink(str(self._directory.path), self._on_router, self._fail)
         self._images = ImageStore(
@@ -138,9 +141,8 @@ class Supervisor:
             for service in self._services:
                 service.drop()
             await asyncio.to_thread(self._directory.end_all)
-            await asyncio.wait(
-                {asyncio.create_task(s.ended()) for s in self._services}, timeout=_SERVICE_GRACE_S
-            )
+            if ended := [asyncio.create_task(service.ended()) for service in self._services]:
+                await asyncio.wait(ended, timeout=_SERVICE_GRACE_S)
             for standby in self._standbys.values():
                 standby.close()
             self._images.close()
@@ -160,7 +162,6 @@ class Supervisor:
         )
         for left in directory.swept:
             self._progress.line(f"removed {left}, left by an instance that was killed")
-        self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A copy, so that a router that starts again reads what this instance was started with.
         snapshot = directory.path / "models.toml"
         snapshot.write_bytes(Path(config.file).expanduser().read_bytes())

@@ -128,10 +128,10 @@ class Activation:
     def consider(self, model: Model, now: float) -> None:
         """Something about this model has changed: does it want to be awake?"""
         state = model.runtime.state
+        if state is FAILED and model.failure and model.retry_at <= now:
+            model.start_wanted, model.retry_at = True, math.inf  # its start may be blocked for long
         if state is FAILED and model.failure and model.retry_at < math.inf:
             self._retries[model.name] = model.retry_at
-            if model.retry_at <= now:
-                model.start_wanted = True
         else:
             self._retries.pop(model.name, None)
         lead = model.lead
@@ -261,7 +261,7 @@ class Activation:
         spare = model.spare if is_free else None
         # What a model keeps asleep counts as the home's on one device and as a spare's on the other: near the edge of
         # what fits each looks better from the other one, so it is asked now and then only, or they would swap for ever.
-        if spare is not None and spare.is_spare and seen.now >= want.chosen_at + self._limits.min_residence_s:
+        if spare is not None and spare.is_spare and seen.now > want.chosen_at + self._limits.min_residence_s:
             want.chosen_at = seen.now
             self._wake_where_best(model, spare, seen)
         here = model.runtime.device or want.devices.get(model.name)

@@ -158,8 +158,9 @@ class Balancer:
         model = runtime.model
         if model.pinned:
             return "it is pinned"
-        if runtime.state is not AWAKE:
-            return f"it is {runtime.state} on {runtime.device}"
+        for each in (runtime, model.runtime):  # a home that was set aside may sleep while a replica serves
+            if each.state is not AWAKE:
+                return f"it is {each.state} on {each.device}"
         if (target := self._mover.target(model)) is not None:
             return f"it is on its way to {target}"
         if (until := self._mover.rests_until(model, now)) > now:

@@ -117,6 +117,11 @@ class Lifecycle:
         is_asleep = any(each.state is ASLEEP for each in runtime.together)
         return is_asleep and bool(self._table.running(runtime.head.id))
 
+    def takes_requests_along(self, runtime: Runtime) -> bool:
+        """It is set aside, or will be as soon as it sleeps: only a home is woken for what it has."""
+        was_told = runtime.sleep_sent_at is not None and bool(self._table.running(runtime.head.id))
+        return was_told or self.is_set_aside(runtime)
+
     def settle(self, model: Model, now: float) -> None:
         """Follow up what has come to its end at each of its runtimes."""
         for runtime in model.runtimes:
@@ -151,12 +156,12 @@ class Lifecycle:
 
     def end_leavers(self, now: float) -> None:
         """Those that have nothing to do any more, and those past the deadline: then the memory counts for more than
-        an answer that does not end."""
+        an answer that does not end. One that sleeps with requests is woken by nobody: they are tried elsewhere."""
         for runtime in list(self._fleet.leaving.values()):
             self._settle_leaving(runtime, now)
             if (
                 runtime.role is Role.LEAVING
-                and runtime.state is DRAINING
+                and runtime.state in (DRAINING, ASLEEP)
                 and now - runtime.since >= self._drain_timeout_s
             ):
                 self.stop(runtime, now, f"still not drained after {self._drain_timeout_s:.0f} s")

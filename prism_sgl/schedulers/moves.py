@@ -239,7 +239,8 @@ class Mover:
             if runtime.role is Role.REPLICA and runtime.state is ASLEEP:
                 self._keep_asleep(runtime, now)
         home = model.runtime
-        if home.state in (DRAINING, ASLEEP) and (replica := next(iter(model.serving), None)) is not None:
+        gives_way = home.state in (DRAINING, ASLEEP) and not self._lifecycle.takes_requests_along(home)
+        if gives_way and (replica := next(iter(model.serving), None)) is not None:
             self._fleet.make_home(replica, f"the runtime on {home.device} gave way")
             self._lifecycle.retire(home, now, "gave way, another one serves", keep=self._limits.spares)
         if model.spare is None:
@@ -268,7 +269,8 @@ class Mover:
 
     def _keep_asleep(self, runtime: Runtime, now: float) -> None:
         """It sleeps, and is not the home: what an earlier router kept, or one that found no memory to wake."""
-        if self._limits.spares and runtime.model.spare is None:
+        is_kept = self._limits.spares and not self._lifecycle.is_set_aside(runtime)
+        if is_kept and runtime.model.spare is None:
             self._fleet.set_role(runtime, Role.SPARE)
         else:
             self._lifecycle.retire(runtime, now, "sleeps, and is not kept")

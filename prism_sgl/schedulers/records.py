@@ -83,6 +83,11 @@ class Request:
     ttft_s: float = 0.0  # from when its runtime took it up
     is_aside: bool = False  # its runtime slept meanwhile: it fills no window, and its times tell nothing
 
+    @property
+    def waits_since(self) -> float:
+        """For its time-out: a second try does not wait while the first one runs, and that may be for long."""
+        return self.arrival if self.attempt == 1 else self.queued_at
+
 
 @dataclass(slots=True, eq=False)
 class Runtime:

@@ -92,7 +92,7 @@ class RequestTable:
         self._live[request.id] = request
         self._queues.setdefault(request.model, {})[request.id] = request
         self._index_api(request)
-        self.next_expiry = min(self.next_expiry, request.arrival + self._timeout_s)
+        self.next_expiry = min(self.next_expiry, request.waits_since + self._timeout_s)
 
     def grant(self, request: Request, runtime: RuntimeId, devices: tuple[str, ...], now: float) -> None:
         assert request.phase is Phase.QUEUED
@@ -160,7 +160,7 @@ class RequestTable:
         self.next_expiry = math.inf
         for queue in self._queues.values():
             for request in queue.values():
-                expiry = request.arrival + self._timeout_s
+                expiry = request.waits_since + self._timeout_s
                 if expiry <= now:
                     due.append(request)
                 else:

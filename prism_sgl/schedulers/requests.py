@@ -308,7 +308,7 @@ class RequestDesk:
     def sweep(self, now: float) -> None:
         for request in self._table.expired(now):
             model = self._fleet.models[request.model]
-            waited_s = now - request.arrival
+            waited_s = now - request.waits_since
             text = f"{model.name} had no room for this request in {waited_s:.0f} s ({model.runtime.state})"
             self._refuse(request, "activation_timeout", text, 10.0, now)
         self._granter.repeat_unstarted(now, _REPEAT_GRANT_S)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
 
 from prism_sgl.engine.page_eviction import Eviction, Look
 from tests.engine.elastic_fixture import PAGE, Elastic, make_elastic
@@ -95,6 +97,30 @@ def test_evicting_everything_empties_every_page(elastic: Elastic) -> None:
     assert elastic.allocator.used_blocks() == 0
     assert len(elastic.allocator.empty_pages()) * PAGE == elastic.pool.mapped_bytes - PAGE
     assert block in (1, 16)
+
+
+def test_without_a_prefix_cache_only_empty_pages_go(elastic: Elastic) -> None:
+    """SGLang's cache under ``disable_radix_cache`` has no tree."""
+    params = CacheInitParams(
+        disable=True,
+        req_to_token_pool=None,
+        token_to_kv_pool_allocator=elastic.allocator,
+        page_size=elastic.allocator.page_size,
+    )
+    held = elastic.allocator.alloc(320)
+    assert held is not None
+    empty = elastic.allocator.empty_pages()
+    look = Look(ChunkCache(params), elastic.allocator)
+    look.prepare()
+    assert look.holds
+    assert elastic.allocator.empty_pages(look.used) == empty
+    eviction = Eviction(look, 30)
+    eviction.carry_out()
+    assert eviction.pages == []
+    assert elastic.allocator.empty_pages() == empty
+    elastic.allocator.check()
+    elastic.allocator.free(held)
+    assert not look.holds
 
 
 def test_cheap_pages_go_first(elastic: Elastic) -> None:

@@ -321,3 +321,14 @@ def test_an_idle_engine_prepares_to_be_asked_once_it_has_slept(
     runtime.wait_for(2)
     runtime.turn(batch=None)
     assert done == ["forget", "look", "forget"]
+
+
+def test_without_a_prefix_cache_whole_answers_are_foreseen(runtime: Runtime) -> None:
+    """SGLang then reserves all of an answer that ignores its end; with less it would be refused, and wait for ever."""
+    tree = SimpleNamespace(disable=True, evictable_size=lambda: 0)
+    runtime.scheduler.tree_cache = tree
+    point = SafePoint(runtime.scheduler, runtime.point.memory)
+    sampling = SimpleNamespace(max_new_tokens=8000, ignore_eos=True)
+    request = SimpleNamespace(origin_input_ids=range(100), output_ids=[], sampling_params=sampling)
+    assert point._running_tokens([request]) > 8000
+    assert 4096 < runtime.point._running_tokens([request]) < 8000

@@ -244,6 +244,7 @@ def test_every_option_that_we_look_at_is_one_of_sglangs_and_off_by_default() -> 
         ("cpu_offload_gb", 4),
         ("offload_group_size", 2),
         ("disaggregation_mode", "prefill"),
+        ("enable_pdmux", True),
         ("enable_memory_saver", True),
         ("kv_cache_dtype", "fp4_e2m1"),
         ("kv_canary", "log"),

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,14 +35,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def write_config(folder: Path, port: int, models: str = "") -> Path:
+def write_config(folder: Path, port: int, models: str = "", server: str = "") -> Path:
     """A models.toml with one device and the model ``chat``, whose files tell nothing."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps({}))
     file = folder / "models.toml"
     file.write_text(
-        f'[server]\nport = {port}\nrun_dir = "{folder}/run"\ndrain_timeout = "5s"\n'
+        f'[server]\nport = {port}\nrun_dir = "{folder}/run"\ndrain_timeout = "5s"\n{server}\n'
         '[[devices]]\nname = "host0"\nkind = "host"\nmemory = "64MiB"\n'
         + (models or f'[models.chat]\npath = "{model}"\n').replace("MODEL", str(model))
     )
@@ -57,10 +58,13 @@ class Instance:
     lines: list[str] = field(default_factory=list)
 
     @classmethod
-    def start(cls, folder: Path, port: int, models: str = "") -> Instance:
-        config = write_config(folder, port, models)
+    def start(
+        cls, folder: Path, port: int, models: str = "", *, server: str = "", wrapper: Sequence[str] = ()
+    ) -> Instance:
+        """``wrapper``: a command that starts the one behind it, e.g. nohup."""
+        config = write_config(folder, port, models, server)
         process = subprocess.Popen(
-            [sys.executable, "-c", _RUN, str(config)],
+            [*wrapper, sys.executable, "-c", _RUN, str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

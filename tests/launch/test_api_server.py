@@ -98,13 +98,14 @@ def test_keys_and_connection_headers_do_not_reach_the_engine(stack: Stack) -> No
         ('{"messages": []}', 400, "model_required"),
         ('{"model": 3}', 400, "invalid_model"),
         ('{"model": "chat"', 400, "invalid_json"),
+        (b'{"model": "chat\xe9"}', 400, "invalid_json"),
         ("[1]", 400, "invalid_json"),
         ("", 400, "invalid_json"),
         ('{"model": "chat", "x": "' + "y" * 70_000 + '"}', 413, "request_too_large"),
     ],
-    ids=["unknown", "no model", "odd model", "cut off", "list", "empty", "too large"],
+    ids=["unknown", "no model", "odd model", "cut off", "not UTF-8", "list", "empty", "too large"],
 )
-def test_bad_bodies_are_refused(stack: Stack, body: str, status: int, code: str) -> None:
+def test_bad_bodies_are_refused(stack: Stack, body: str | bytes, status: int, code: str) -> None:
     response = stack.client.post("/v1/chat/completions", content=body)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert "x-request-id" in response.headers
@@ -297,8 +298,39 @@ def test_pages_in_browsers_may_ask_models_but_not_operate(stack: Stack) -> None:
     asked = {**page, "access-control-request-method": "POST"}
     assert stack.client.options("/v1/chat/completions", headers=asked).status_code == 200
     assert stack.client.options("/api/v1/models/chat/sleep", headers=asked).status_code == 403
+    image = {"sec-fetch-site": "cross-site"}  # which sends no Origin
+    assert stack.client.get("/m/chat/flush_cache", headers=image).status_code == 403
     proxied = {"x-forwarded-for": "203.0.113.7"}
     assert stack.client.post("/m/chat/flush_cache", headers=proxied).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/models", 200, ["*"]),
+        ("GET", "/v1/models/nobody", 404, ["*"]),
+        ("GET", "/m/nobody/v1/models", 404, ["*"]),
+        ("GET", "/nope", 404, ["*"]),
+        ("POST", "/v1/chat/completions", 400, ["*"]),
+        ("GET", "/m/chat/model_info", 200, []),  # the engine's to give: a fake one gives none
+        ("POST", "/api/v1/models/chat/sleep", 403, []),
+        ("OPTIONS", "/api/v1/models/chat/sleep", 403, []),
+        ("OPTIONS", "/v1/models", 200, ["*"]),
+    ],
+)
+def test_pages_in_browsers_may_read_what_we_answer_ourselves(
+    stack: Stack, method: str, path: str, status: int, allowed: list[str]
+) -> None:
+    page = {"origin": "http://ui.example"}
+    if method == "OPTIONS":
+        page["access-control-request-method"] = "POST" if "sleep" in path else "GET"
+    response = stack.client.request(method, path, headers=page)
+    assert (response.status_code, response.headers.get_list("access-control-allow-origin")) == (
+        status,
+        allowed,
+    )
+    if method != "OPTIONS":
+        assert "access-control-allow-origin" not in stack.client.get("/v1/models").headers
 
 
 # ---------------------------------------------------------------- the token path
@@ -371,6 +403,8 @@ def test_queue_bound_keys_and_waking() -> None:
     with running(("chat",), server=server, hold_wakes=True) as stack:
         engine = stack.engine("chat")
         assert stack.chat("chat").status_code == 401
+        refused = stack.client.get("/v1/models", headers={"origin": "http://ui.example"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "*")
         assert error_of(stack.client.get("/v1/models"))["code"] == "invalid_api_key"
         assert stack.client.get("/health").status_code == 200
         stack.client.headers["authorization"] = "Bearer client"

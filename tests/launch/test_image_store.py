@@ -69,8 +69,8 @@ def store() -> Iterator[RunningStore]:
         assert not os.listdir(run_dir)
 
 
-def send(client: socket.socket, key: str, size_bytes: int) -> None:
-    client.send(encode_json(OpenImage(key=key, size_bytes=size_bytes, name="chat")))
+def send(client: socket.socket, key: str, size_bytes: int, name: str = "chat") -> None:
+    client.send(encode_json(OpenImage(key=key, size_bytes=size_bytes, name=name)))
 
 
 def receive(client: socket.socket) -> tuple[ImageReply, int]:
@@ -199,6 +199,24 @@ def test_killed_writer_is_followed_by_the_one_who_waits(store: RunningStore) -> 
             assert receive(heir)[0].status == "new"
             assert seal(heir, "k", memory_file(MIB)).status == "sealed"
     assert any("its writer has gone" in line for line in store.lines)
+
+
+def test_image_that_an_heir_writes_is_the_heirs(store: RunningStore) -> None:
+    """Two models of the same weights: who went without having written it does not use it, who waited does."""
+    with store.connect() as heir:
+        with store.connect() as writer:
+            ask(writer, "k", MIB)
+            send(heir, "k", MIB, name="code")
+            assert ask(store.connect(), "other", 0)[0].status == "refused"
+            assert store.call(lambda: is_waiting(store, "k", 1))
+        assert receive(heir)[0].status == "new"
+        assert seal(heir, "k", memory_file(MIB)).status == "sealed"
+    assert any(line.startswith("images: code sealed") for line in store.lines)
+    store.used = {"code"}
+    with store.connect() as client:
+        assert ask(client, "large", CAP)[0].status == "refused"
+        store.used = {"chat"}
+        assert ask(client, "large", CAP)[0].status == "new"
 
 
 def test_a_maker_that_keeps_its_mapping_lets_nobody_else_write(store: RunningStore) -> None:

@@ -228,3 +228,27 @@ def test_folder_that_others_can_write_is_refused(folder: Path) -> None:
     instance = Instance.start(folder, free_port())
     assert instance.wait() == EXIT_CONFIG
     assert "is not a folder of this user alone" in instance.lines[0]
+
+
+@pytest.mark.parametrize("place", ["models.toml/logs", "models.toml"])
+def test_log_dir_that_cannot_be_written_is_told_before_anything_starts(folder: Path, place: str) -> None:
+    instance = Instance.start(folder, free_port(), server=f'log_dir = "{folder}/{place}"')
+    assert instance.wait() == EXIT_CONFIG
+    (line,) = instance.lines
+    assert line.startswith(
+        f'{instance.config}: server.log_dir is "{folder}/{place}", which cannot be written to ('
+    )
+    assert line.endswith("; give a folder that this user may write to, or leave it out")
+    assert not instance.run_dir.exists()
+    assert not instance.ledger.exists()
+
+
+def test_server_under_nohup_outlives_its_terminal(folder: Path) -> None:
+    instance = Instance.start(folder, free_port(), wrapper=["nohup"])
+    instance.line("try: curl")
+    status = Path(f"/proc/{instance.process.pid}/status").read_text()
+    (ignored,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:")]
+    instance.process.send_signal(signal.SIGHUP)
+    instance.ask()
+    assert instance.end() == EXIT_OK
+    assert ignored & 1 << (signal.SIGHUP - 1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prism_sgl import addresses
@@ -20,10 +21,11 @@ from prism_sgl.launch.banner import curl_line, ready_lines
 from prism_sgl.launch.children import why_ended
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
-from prism_sgl.launch.run_dir import SHM_FOLDER, RunDir, remove_listed
 from prism_sgl.launch.runtimes import KEPT_LOGS, begin_log, build_spec
 from prism_sgl.launch.standby import HostShare, StandbyLink, share_host
+from prism_sgl.launch.supervisor import run
 from prism_sgl.messages import RuntimeId
+from tests.launch.instance import free_port
 
 RUNTIME = RuntimeId("org/chat@host0.3")
 
@@ -231,28 +233,8 @@ def test_start_time_tells_a_process_from_the_next_of_its_pid() -> None:
     assert read_stat(2**22 + 1) is None
 
 
-def test_listed_files_are_removed_only_from_dev_shm(tmp_path: Path) -> None:
-    listed = SHM_FOLDER / f"prism-test-{os.getpid()}.shm"
-    elsewhere = tmp_path / "elsewhere"
-    for file in (listed, elsewhere):
-        file.touch()
-    listing = tmp_path / "rt-a.shm"
-    listing.write_text(f"{listed}\n{elsewhere}\n/dev/shm/../..{elsewhere}\n/dev/shm/none\n")
-    assert remove_listed(listing) == [str(listed)]
-    assert elsewhere.exists()
-    assert not listing.exists()
-    assert remove_listed(listing) == []
-
-
-def test_run_dir_removes_what_a_killed_instance_left(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    ledger = SHM_FOLDER / f"prism_sgl-{os.getuid()}-1-host0.ledger"
-    for file in (path / "router-api.sock", path / "pids", ledger):
-        file.touch()
-    run_dir = RunDir(str(path), 1)
-    run_dir.acquire()
-    assert sorted(run_dir.swept) == sorted([str(path / "router-api.sock"), str(path / "pids"), str(ledger)])
-    assert sorted(entry.name for entry in path.iterdir()) == ["lock", "logs", "tmp"]
-    run_dir.remove()
-    assert not path.exists()
+def test_failure_before_the_first_child_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", port=free_port())
+    with pytest.raises(FileNotFoundError, match="gone"):
+        run(msgspec.structs.replace(config, file=str(tmp_path / "gone.toml")), out=io.StringIO())
+    assert not (tmp_path / "run").exists()

@@ -178,6 +178,14 @@ def test_model_that_cannot_load_is_failed_with_its_reason() -> None:
     assert granted(router.hello("chat")) == ["r4"]
 
 
+def test_retry_that_is_due_and_cannot_start_yet_asks_for_no_more_ticks() -> None:
+    router = ByHand(config(model("chat"), model("code"), start_parallel=1))
+    assert started_models(router.exit("chat", "no such file")) == ["code"]
+    assert started_models(router.wait(1.1)) == []
+    assert router.controller.next_tick(router.now) is None
+    assert started_models(router.hello("code")) == ["chat"]
+
+
 def test_ids_are_never_used_again() -> None:
     router = ByHand(config(model("chat")))
     ids = set()

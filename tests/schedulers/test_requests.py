@@ -11,6 +11,7 @@ from prism_sgl.messages import (
     Grant,
     Introduce,
     Lost,
+    Refuse,
     RequestId,
     RequestKey,
     SupervisorHello,
@@ -118,6 +119,18 @@ def test_request_that_waits_too_long_for_its_model_is_refused() -> None:
     assert refusals(router.wait(499)) == []
     assert refusals(router.wait(3)) == [("r1", 503, "activation_timeout")]
     assert refusals(router.wait(100)) == [("r2", 503, "activation_timeout")]
+
+
+def test_second_try_waits_from_when_the_first_one_was_lost() -> None:
+    router = awake()
+    router.submit("r1", stream=False)
+    router.wait(700)
+    router.exit("chat")
+    router.submit("r1", attempt=2, stream=False, waited_s=700.0)
+    assert refusals(router.wait(599)) == []
+    commands = router.wait(2)
+    assert refusals(commands) == [("r1", 503, "activation_timeout")]
+    assert "in 600 s" in of(commands, Refuse)[0].message
 
 
 def test_grant_tells_how_long_the_model_took_to_come_up() -> None:
