@@ -67,7 +67,9 @@ class SafePoint:
         self.memory.overhead.look(in_a_hurry=first_tokens_due or bool(self.scheduler.waiting_queue))
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
-        short = self._grow_for_work(running_batch, not_merged(running_batch, last_batch))
+        # What a half-done prefill still needs counts as waiting.
+        merging = [r for r in not_merged(running_batch, last_batch) if r is not self.scheduler.chunked_req]
+        short = self._grow_for_work(running_batch, merging)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
         self._prepare_to_be_asked(
             plan.batch_to_run is None
