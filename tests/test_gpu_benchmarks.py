@@ -603,7 +603,7 @@ class Wisher:
             bell=SimpleNamespace(drain=lambda: None, wait=lambda seconds: None),
             overhead=SimpleNamespace(look=lambda *, in_a_hurry: None),
             arrival=None,
-            ask_neighbours=self.asked.append,
+            ask_neighbours=lambda wanted, page=1: self.asked.append(wanted),
             strangers=SimpleNamespace(look=lambda *_, **__: None),
         )
         scheduler = SimpleNamespace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from types import TracebackType
 
 from prism_sgl.allocator import crash_points
@@ -31,11 +32,16 @@ from prism_sgl.units import GRANULE_BYTES
 __all__ = ["Kind", "Ledger", "Owner", "OwnerView", "Posted", "Target", "Totals"]
 
 
+# Long after its end a process's memory is back with the device, if it ever comes.
+DRIVER_RETURNS_S = 2.0
+
+
 class Ledger:
     """One process's access to the ledger of one device. Threads may share it, and it survives a fork."""
 
     def __init__(self, table: LedgerTable) -> None:
         self._table = table
+        self._seen_dead: dict[tuple[int, int], float] = {}  # slot and epoch, since when
 
     @classmethod
     def create(cls, path: str, budget_bytes: int, name: str) -> Ledger:
@@ -106,16 +112,21 @@ class Ledger:
     def reap(self, device_free_granules: int | None) -> int:
         """Take back what dead owners left; returns the granules that are free again.
 
-        ``device_free_granules`` is what the device shows as free now: what of the memory of the dead is not among it
-        stays ``returning``. None trusts that memory dies with its process (the host).
+        ``device_free_granules`` is what the device shows as free now: as long as the memory of the dead is not among
+        it, their granules stay ``returning``. All or nothing at first, for what the living have leased and not filled
+        shows as free too; when the driver has had its time, what is missing is somebody else's, and the rest is free.
+        None trusts that memory dies with its process (the host).
         """
         with self._table.lock:
-            returned = 0
-            for slot in self._dead_slots():
-                held = self._table.held(slot)
-                back = held
+            now, returned = time.monotonic(), 0
+            dead = {(slot, self._table.read(Column.EPOCH, slot)) for slot in self._dead_slots()}
+            self._seen_dead = {each: self._seen_dead.get(each, now) for each in sorted(dead)}
+            for (slot, _), seen_at in self._seen_dead.items():
+                back = held = self._table.held(slot)
                 if device_free_granules is not None:
                     back = min(held, max(0, device_free_granules - self._table.free()))
+                    if back < held and now - seen_at < DRIVER_RETURNS_S:
+                        back = 0
                 crash_points.crash_point("in_lock")
                 returned += self._table.clear(slot) if back == held else self._table.lower(slot, back)
             return returned

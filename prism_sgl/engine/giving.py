@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -182,9 +181,9 @@ class Giving:
 
     def _rest_of(self, requests: Iterable[Any]) -> int:
         """Tokens that they will still write, by SGLang's own estimate (schedule_policy.py:559)."""
-        requests, longest = list(requests), longest_rest(self.tree)
-        exact = answers_tokens((r for r in requests if r.sampling_params.ignore_eos), longest)
-        likely = answers_tokens((r for r in requests if not r.sampling_params.ignore_eos), longest)
+        requests, no_cache = list(requests), self.tree.disable
+        exact = answers_tokens((r for r in requests if r.sampling_params.ignore_eos), no_cache=no_cache)
+        likely = answers_tokens((r for r in requests if not r.sampling_params.ignore_eos), no_cache=no_cache)
         ratio: float = self.scheduler.new_token_ratio_tracker.current
         return math.ceil(exact + likely * ratio + self.allocator.page_size * len(requests))
 
@@ -230,18 +229,17 @@ def not_merged(running: Any, last: Any) -> list[Any]:
     return list(last.reqs)
 
 
-def longest_rest(tree: Any) -> int:
-    """So many tokens of one answer admission reserves at most; without a prefix cache all (schedule_policy.py:936)."""
-    return sys.maxsize if tree.disable else _LONGEST_REST
+def answers_tokens(requests: Iterable[Any], *, no_cache: bool) -> int:
+    """Tokens that admission reserves for the rests of these answers (schedule_policy.py:559).
 
-
-def answers_tokens(requests: Iterable[Any], longest: int) -> int:
-    """Tokens that admission reserves for the rests of these answers (schedule_policy.py:559)."""
+    ``no_cache``: SGLang has no prefix cache, and then reserves all of an answer that ignores its end (:936).
+    """
     total = 0
     for request in requests:  # no call in it: it runs in every decode step
-        rest: int = request.sampling_params.max_new_tokens - len(request.output_ids)
+        sampling = request.sampling_params
+        rest: int = sampling.max_new_tokens - len(request.output_ids)
         if rest > 0:
-            total += rest if rest < longest else longest
+            total += rest if rest < _LONGEST_REST or (no_cache and sampling.ignore_eos) else _LONGEST_REST
     return total
 
 

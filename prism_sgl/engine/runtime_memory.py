@@ -154,10 +154,12 @@ class RuntimeMemory:
         """What to add to the text of a shortage."""
         return "; another process holds the device's memory" if self.device_is_short else ""
 
-    def ask_neighbours(self, wanted: int) -> None:
-        """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back."""
+    def ask_neighbours(self, wanted: int, *, page: int = 1) -> None:
+        """Post reclaim targets for ``wanted`` granules in all, after what dead owners left has been taken back.
+
+        ``page``: what is mapped at once, in granules, where it is KV that is wanted.
+        """
         self.ledger.reap(self.device.free_granules())
-        page = 1 if self.kv is None else granules(self.kv.pages.page_bytes)
         posted = self.owner.post_targets(wanted, TARGET_DEADLINE_S, page=page)
         late = self.owner.overdue_victims()  # after the posting, so that whom it passed over is among them
         if late and late != self._told_late:

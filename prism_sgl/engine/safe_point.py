@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prism_sgl.engine import strangers
-from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest, longest_rest, not_merged
+from prism_sgl.engine.giving import Giving, answers_tokens, chunk_rest, not_merged
 from prism_sgl.engine.runtime_memory import TARGET_DEADLINE_S, RuntimeMemory
 from prism_sgl.engine.slots import ElasticAllocator
 from prism_sgl.units import granules
@@ -42,7 +42,7 @@ class SafePoint:
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
-        self._longest_rest = longest_rest(self.tree)
+        self._no_cache: bool = self.tree.disable
         self.giving = Giving(scheduler, memory)
         self._was_idle = False
         self._asked_at = -math.inf
@@ -67,8 +67,7 @@ class SafePoint:
         self.memory.overhead.look(in_a_hurry=first_tokens_due or bool(self.scheduler.waiting_queue))
         self.giving.give_kv(running_batch, last_batch)
         self.allocator.tidy()
-        # What a half-done prefill still needs counts as waiting.
-        merging = [r for r in not_merged(running_batch, last_batch) if r is not self.scheduler.chunked_req]
+        merging = self._merging(running_batch, last_batch)
         short = self._grow_for_work(running_batch, merging)
         plan = original(self.scheduler, running_batch=running_batch, last_batch=last_batch)
         self._prepare_to_be_asked(
@@ -138,7 +137,8 @@ class SafePoint:
         missing = wanted - self.tree.evictable_size() if wanted > 0 else 0
         if missing > 0 and time.monotonic() - self._asked_at > TARGET_DEADLINE_S:
             self._asked_at = time.monotonic()
-            self.memory.ask_neighbours(granules(self._bytes_for(missing)))
+            page = granules(self.allocator.elastic.pages.page_bytes)
+            self.memory.ask_neighbours(granules(self._bytes_for(missing)), page=page)
         self.memory.owner.set_activity(busy, granules(self._bytes_for(max(missing, 0))), time.monotonic_ns())
         return self.giving.owes or bool(lacking > self.tree.evictable_size())
 
@@ -152,6 +152,11 @@ class SafePoint:
         if self.allocator.available_size() + self.tree.evictable_size() < soon:
             return False
         return self.memory.ledger.totals().free < granules(self._bytes_for(tokens))
+
+    def _merging(self, running_batch: Any, last_batch: Any) -> list[Any]:
+        """Who has just been prefilled and will decode. What a half-done prefill still needs counts as waiting."""
+        chunked = self.scheduler.chunked_req
+        return [r for r in not_merged(running_batch, last_batch) if r is not chunked and not r.finished()]
 
     def grow(self, tokens: int) -> int:
         """Map pages for about ``tokens`` more tokens, as far as there are any; returns the tokens gained."""
@@ -191,12 +196,12 @@ class SafePoint:
         block = self.allocator.page_size
         waiting = self.scheduler.waiting_queue[: max(slots, 0)]
         prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
-        total = prompts + answers_tokens(waiting, self._longest_rest) + 2 * block * len(waiting)
+        total = prompts + answers_tokens(waiting, no_cache=self._no_cache) + 2 * block * len(waiting)
         chunked = self.scheduler.chunked_req
         if chunked is not None:
-            total += chunk_rest(chunked) + answers_tokens([chunked], self._longest_rest) + 2 * block
+            total += chunk_rest(chunked) + answers_tokens([chunked], no_cache=self._no_cache) + 2 * block
         return total
 
     def _running_tokens(self, requests: list[Any]) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
-        return answers_tokens(requests, self._longest_rest) + self.allocator.page_size * len(requests)
+        return answers_tokens(requests, no_cache=self._no_cache) + self.allocator.page_size * len(requests)

@@ -56,7 +56,7 @@ class Runtime:
             bell=SimpleNamespace(drain=lambda: None, wait=lambda seconds: None),
             overhead=SimpleNamespace(look=lambda *, in_a_hurry: self.in_a_hurry.append(in_a_hurry)),
             arrival=None,
-            ask_neighbours=self.asked.append,
+            ask_neighbours=lambda wanted, page=1: self.asked.append(wanted),
             ledger=elastic.ledger,
             strangers=Strangers("gpu0", elastic.ledger, self._free_granules),
         )
@@ -212,10 +212,14 @@ def test_who_waits_asks_for_what_is_still_missing(runtime: Runtime, monkeypatch:
 
 def test_who_has_just_been_prefilled_is_at_work(runtime: Runtime) -> None:
     """SGLang adds them to those that decode only in this turn; an idle owner gives all that it has."""
-    request = SimpleNamespace(output_ids=[], sampling_params=SimpleNamespace(max_new_tokens=4 * PAGE_TOKENS))
+    sampling = SimpleNamespace(max_new_tokens=4 * PAGE_TOKENS)
+    request = SimpleNamespace(output_ids=[], sampling_params=sampling, finished=lambda: True)
     prefilled = SimpleNamespace(
         reqs=[request], forward_mode=SimpleNamespace(is_extend=lambda: True), is_empty=lambda: False
     )
+    runtime.turn(prefilled)
+    assert not runtime.elastic.owner.view.busy  # without overlap its one token may have been all
+    request.finished = lambda: False
     runtime.turn(prefilled)
     assert runtime.elastic.owner.view.busy
     assert runtime.elastic.allocator.usable_tokens() >= 4 * PAGE_TOKENS  # its answer is foreseen
@@ -274,7 +278,7 @@ def test_what_neighbours_are_giving_is_taken_when_all_of_it_has_come(
     victim.set_state(RuntimeState.AWAKE)
     victim.set_activity(False, 0, 1)
     assert victim.try_reserve(Kind.KV, NUM_PAGES)
-    monkeypatch.setattr(point.memory, "ask_neighbours", lambda wanted: owner.post_targets(wanted, 60.0))
+    monkeypatch.setattr(point.memory, "ask_neighbours", lambda wanted, page: owner.post_targets(wanted, 60.0))
     monkeypatch.setattr(safe_point, "_COMES_WITHIN_S", 60.0)
     runtime.wait_for(9)
     runtime.turn()
@@ -324,11 +328,13 @@ def test_an_idle_engine_prepares_to_be_asked_once_it_has_slept(
 
 
 def test_without_a_prefix_cache_whole_answers_are_foreseen(runtime: Runtime) -> None:
-    """SGLang then reserves all of an answer that ignores its end; with less it would be refused, and wait for ever."""
+    """Of requests that ignore an answer's end; reserved less, such a one would be refused, and wait for ever."""
     tree = SimpleNamespace(disable=True, evictable_size=lambda: 0)
     runtime.scheduler.tree_cache = tree
     point = SafePoint(runtime.scheduler, runtime.point.memory)
     sampling = SimpleNamespace(max_new_tokens=8000, ignore_eos=True)
     request = SimpleNamespace(origin_input_ids=range(100), output_ids=[], sampling_params=sampling)
     assert point._running_tokens([request]) > 8000
+    sampling.ignore_eos = False
+    assert point._running_tokens([request]) < 8000
     assert 4096 < runtime.point._running_tokens([request]) < 8000
