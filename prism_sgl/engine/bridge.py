@@ -69,7 +69,8 @@ class AsgiBridge:
         self.undecodable = 0
         self.repeated = 0
         self.undeliverable = 0
-        self._first_told = 0  # requests whose first token the router knows of
+        self._prefilled = 0  # first tokens, by the engine's count
+        self._told_early: set[RequestKey] = set()  # by the first byte, before the engine counted them
         self.awake = True  # set False before the engine sleeps: then nothing that needs a forward is let in
         self._app = app
         self._runtime = runtime
@@ -79,6 +80,7 @@ class AsgiBridge:
         self._over: OrderedDict[RequestKey, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_at: dict[bytes, float] = {}
+        self._looked_at = 0.0
         self._stopped = True
 
     @property
@@ -171,6 +173,10 @@ class AsgiBridge:
     def _look(self) -> None:
         """Cancel the requests of api_servers that have died without a word."""
         now = self.loop.time()
+        if now - self._looked_at > 2 * _LOOK_EVERY_S:
+            # The loop stood still, and uvloop runs timers before it reads: what peers sent lies unread.
+            self._heard_at = dict.fromkeys(self._heard_at, now)
+        self._looked_at = now
         alive = {exchange.peer for exchange in self._running.values()}
         for peer in [peer for peer in self._heard_at if peer not in alive]:
             del self._heard_at[peer]
@@ -218,21 +224,23 @@ class AsgiBridge:
 
         It does not say which: they come in order of arrival, near enough for a window that only counts them.
         """
-        for exchange in self._running.values():
-            if self._first_told >= total:
-                return
-            if exchange.counted and not exchange.first_told:
+        untold = (each for each in self._running.values() if each.counted and not each.first_told)
+        for _ in range(total - self._prefilled):
+            if self._told_early:
+                self._told_early.pop()
+            elif exchange := next(untold, None):
                 self._tell_first(exchange)
-        # Cancelled in between, or several prompts in one request: nobody is left to tell of them.
-        self._first_told = max(self._first_told, total)
+            # Else cancelled in between, or several prompts in one request: nobody is left to tell of them.
+        self._prefilled = total
 
     def first_byte(self, exchange: Exchange) -> None:
         if not exchange.first_told and exchange.status < 400:
+            if exchange.counted:
+                self._told_early.add(exchange.key)
             self._tell_first(exchange)
 
     def _tell_first(self, exchange: Exchange) -> None:
         exchange.first_told = True
-        self._first_told += exchange.counted
         self._tell_started(exchange)
         self._report(exchange, FirstToken, ttft_s=self.loop.time() - exchange.began)
 
@@ -240,6 +248,8 @@ class AsgiBridge:
         if self._running.pop(exchange.key, None) is None:
             return
         exchange.complete = True
+        # An error with status 200 and an embedding have no prefill that the engine would ever count.
+        self._told_early.discard(exchange.key)
         self._over[exchange.key] = None
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)

@@ -5,6 +5,7 @@ Not on a card: SGLang's imports initialise CUDA, which does not survive a fork (
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,10 @@ from collections.abc import Collection
 from functools import partial
 
 from prism_sgl.engine.processes import die_with_parent, log_to, run_to_exit
+from prism_sgl.engine.waiting_room import never_began
 from prism_sgl.messages import RuntimeId, RuntimeSpec, Spawned, StandbyReady, StandbyToSupervisor
+
+log = logging.getLogger(__name__)
 
 
 class ForkingSource:
@@ -47,7 +51,12 @@ class ForkingSource:
         told, self._untold = self._untold, []
         for spec in self._specs:
             parent = os.getpid()
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # processes or memory are short: the living workers go on
+                log.error("%s could not be forked: %s", spec.runtime, error)
+                told.append(never_began(spec, f"ForkError: {error}", 1))
+                continue
             if pid == 0:
                 run_to_exit(partial(self._become_worker, spec, parent))
             told.append(Spawned(runtime=spec.runtime, pid=pid))

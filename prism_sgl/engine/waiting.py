@@ -25,6 +25,7 @@ from prism_sgl.messages import Imported, ImportsFailed, TakeSpec
 
 log = logging.getLogger(__name__)
 _MESSAGE_BYTES = 1 << 20
+_REASON_CHARACTERS = 2000  # the standby reads 64 KiB at most
 
 
 def main() -> None:
@@ -45,7 +46,8 @@ def _wait_and_serve(channel: socket.socket, kind: str) -> None:
     try:
         early = _import(channel, kind)
     except BaseException as error:
-        channel.send(messages.encode_json(ImportsFailed(reason=f"{type(error).__name__}: {error}")))
+        reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+        channel.send(messages.encode_json(ImportsFailed(reason=reason)))
         raise
     task = _receive(channel, early)
     channel.close()

@@ -127,7 +127,14 @@ class WaitingRoom:
         if not frame:
             waiter.state = _State.ENDING
             return
-        match messages.decode_waiting_to_standby(frame):
+        try:
+            message = messages.decode_waiting_to_standby(frame)
+        except messages.DECODE_ERRORS as error:
+            waiter.reason = f"its message of {len(frame)} bytes does not decode: {error}"
+            waiter.state = _State.ENDING
+            waiter.channel.close()  # which ends it
+            return
+        match message:
             case Imported(seconds=seconds):
                 waiter.state = _State.READY
                 self._num_failures = 0
@@ -184,8 +191,16 @@ class WaitingRoom:
         if self._num_failures < _TRIES:
             return
         for spec, _ in self._specs:
-            # The supervisor reads the reason where it reads those of all workers.
-            with open(spec.log_path, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(f"WaitingWorkerError: {reason}\n")
-            self._untold.append(WorkerExited(runtime=spec.runtime, pid=0, exit_code=exit_code or 1))
+            self._untold.append(never_began(spec, f"WaitingWorkerError: {reason}", exit_code or 1))
         self._specs.clear()
+
+
+def never_began(spec: RuntimeSpec, reason: str, exit_code: int) -> WorkerExited:
+    """What the supervisor is told of a spec that no process ever had."""
+    try:
+        # The supervisor reads the reason where it reads those of all workers.
+        with open(spec.log_path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(f"{reason}\n".encode(errors="replace"))
+    except OSError as error:  # no folder, no room: no cause to end the other workers
+        log.error("%s never began: %s; its log cannot be written: %s", spec.runtime, reason, error)
+    return WorkerExited(runtime=spec.runtime, pid=0, exit_code=exit_code)

@@ -14,9 +14,11 @@ import msgspec
 import pytest
 from setproctitle import setproctitle
 
+from prism_sgl.engine import waiting
 from prism_sgl.engine.early_children import EarlyChild, EarlyChildError
 from prism_sgl.engine.spec import SPEC_VARIABLE
 from prism_sgl.launch.processes import session_members
+from prism_sgl.messages import ImportsFailed, decode_waiting_to_standby
 from tests.engine.reference import MODEL_PATH, greedy
 from tests.engine.specs import runtime_spec
 from tests.engine.system import System
@@ -100,6 +102,23 @@ def test_processes_that_waited_become_the_runtime(waiting_system: System) -> Non
     os.kill(pids["scheduler"], signal.SIGKILL)
     assert "chat@host0." in system.wait_line(": ended (exit code 1")
     assert not session_members(pids["worker"])
+
+
+def test_reason_of_failed_imports_fits_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler's output may be long, and a message that is cut does not decode."""
+
+    def fail(channel: socket.socket, kind: str) -> None:
+        raise RuntimeError("Error building extension: " + "\0" * 1_000_000)
+
+    monkeypatch.setattr(waiting, "_import", fail)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        with pytest.raises(RuntimeError):
+            waiting._wait_and_serve(theirs, "host")
+        message = decode_waiting_to_standby(ours.recv(1 << 16))
+    assert isinstance(message, ImportsFailed)
+    assert message.reason.startswith("RuntimeError: Error building extension: ")
+    assert len(message.reason) == 2000
 
 
 # -- early children by themselves

@@ -88,7 +88,7 @@ class Room:
         assert self.told() == StandbyReady(seconds=0.5)
         return waiter
 
-    def spawn(self, runtime: RuntimeId, **env: str) -> RuntimeSpec:
+    def spawn(self, runtime: RuntimeId, log_path: Path | None = None, **env: str) -> RuntimeSpec:
         spec = runtime_spec(
             runtime=runtime,
             model=runtime.split("@")[0],
@@ -96,7 +96,7 @@ class Room:
             device_kind="cuda",
             run_dir=str(self.folder),
             env=env,
-            log_path=str(self.folder / f"{runtime}.log"),
+            log_path=str(log_path or self.folder / f"{runtime}.log"),
         )
         self.channel.send(encode_json(Spawn(spec=spec)))
         return spec
@@ -248,6 +248,31 @@ def test_imports_that_fail_twice_are_the_reason_that_clients_read(room: Room) ->
     log = room.log.read_text()
     assert "starts in 0.1 s" in log
     assert "starts in 0.2 s" in log
+
+
+def test_a_log_that_cannot_be_written_ends_no_standby(room: Room) -> None:
+    room.spawn(CHAT, log_path=room.folder / "gone" / "chat.log")
+    for _ in range(2):
+        room.waiter().say("fail SeamError: hook 3 is not attached")
+    assert room.told() == WorkerExited(runtime=CHAT, pid=0, exit_code=1)
+    third = room.ready_waiter()
+    room.spawn(CODE)
+    assert room.told() == Spawned(runtime=CODE, pid=third.pid)
+    (line,) = [line for line in room.log.read_text().splitlines() if "never began" in line]
+    assert "SeamError: hook 3 is not attached" in line and "No such file or directory" in line
+
+
+def test_worker_that_says_what_does_not_decode_has_failed(room: Room) -> None:
+    spec = room.spawn(CHAT)
+    for _ in range(2):
+        room.waiter().say('babble {"type":"ImportsFailed","reason":"cut')
+    assert room.told() == WorkerExited(runtime=CHAT, pid=0, exit_code=1)
+    assert (
+        "its message of 37 bytes does not decode: Input data was truncated" in Path(spec.log_path).read_text()
+    )
+    third = room.ready_waiter()
+    room.spawn(CODE)
+    assert room.told() == Spawned(runtime=CODE, pid=third.pid)
 
 
 def test_death_of_a_ready_worker_is_noticed_before_it_is_needed(room: Room) -> None:

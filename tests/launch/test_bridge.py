@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 import zmq
 import zmq.asyncio
 from starlette.requests import Request
@@ -54,7 +56,9 @@ class Peer:
     async def send(self, message: ApiToRuntime, body: bytes | None = None) -> None:
         await self.socket.send_multipart([encode(message), *([] if body is None else [body])])
 
-    async def forward(self, request: str = R, *, credit: int = 32, **fields: Any) -> None:
+    async def forward(
+        self, request: str = R, *, credit: int = 32, body: bytes = b"{}", **fields: Any
+    ) -> None:
         message = Forward(
             request=RequestId(request),
             attempt=fields.pop("attempt", 1),
@@ -65,7 +69,7 @@ class Peer:
             credit=credit,
             **fields,
         )
-        await self.send(message, b"{}")
+        await self.send(message, body)
 
     async def next(self) -> tuple[RuntimeToApi, bytes]:
         frames = await asyncio.wait_for(self.socket.recv_multipart(), 10)
@@ -365,5 +369,89 @@ def test_requests_of_a_vanished_api_server_end() -> None:
             assert isinstance(await b.event(), FirstToken)
             assert (await b.event()).outcome == "cancelled"
             assert b.bridge.undeliverable == 1
+
+    run(test())
+
+
+def test_a_loop_that_stood_still_cancels_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is long to tokenize, a container that was paused: the api_servers were not silent."""
+    monkeypatch.setattr(bridge_module, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(bridge_module, "_PEER_SILENT_S", 0.15)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        time.sleep(0.2)  # noqa: ASYNC251  (it is what the test is about)
+        await asyncio.sleep(0.02)  # after the look that was due meanwhile
+        await start(send)
+        await part(send, b"x", more=False)
+
+    async def test() -> None:
+        async with bench(app) as b:
+            await b.peer.forward()
+            assert [type(await b.event()) for _ in range(2)] == [Started, FirstToken]
+            assert (await b.event()).outcome == "ok"
+
+    uvloop.run(asyncio.wait_for(test(), 30))  # its timers come before what lies in sockets
+
+
+def test_requests_of_a_silent_api_server_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge_module, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(bridge_module, "_PEER_SILENT_S", 0.1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def test() -> None:
+        async with bench(app) as b:
+            await b.peer.forward()
+            assert isinstance(await b.event(), Started)
+            assert (await b.event()).outcome == "cancelled"
+
+    run(test())
+
+
+def test_answers_without_a_prefill_are_no_first_tokens_of_others() -> None:
+    answer = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if (await receive())["body"] == b"in one piece":
+            await answer.wait()
+        await start(send)
+        await part(send, b"data: an error, or an embedding", more=False)
+
+    async def test() -> None:
+        async with bench(app) as b:
+            await b.peer.forward("busy", body=b"in one piece")  # never a moment without a request
+            await b.event()
+            for number in range(3):
+                await b.peer.forward(f"error {number}")
+                assert [type(await b.event()) for _ in range(3)] == [Started, FirstToken, Finished]
+            b.bridge.prefilled(1)
+            token = await b.event()
+            assert (type(token), token.request) == (FirstToken, "busy")
+            answer.set()
+            assert isinstance(await b.event(), Finished)
+
+    run(test())
+
+
+def test_first_token_told_by_its_byte_is_not_told_of_another() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if (await receive())["body"] == b"a stream":
+            await start(send)
+            await part(send, b"x")
+        await receive()
+
+    async def test() -> None:
+        async with bench(app) as b:
+            await b.peer.forward("stream", body=b"a stream")
+            assert [type(await b.event()) for _ in range(2)] == [Started, FirstToken]
+            await b.peer.forward("one piece")
+            assert isinstance(await b.event(), Started)
+            b.bridge.prefilled(1)  # the stream's, whose byte was quicker
+            assert b.events.empty()
+            b.bridge.prefilled(2)
+            assert (await b.event()).request == "one piece"
 
     run(test())

@@ -1,7 +1,7 @@
 """Stands in for prism_sgl.engine.waiting: what it would import, and how that ends, the test says over a socket.
 
-It tells its pid, then obeys: ``imported``, ``fail REASON``, ``exit CODE``. Given a spec it tells whose, and lives
-on beside a child of its own; a model whose env has DEAF does not hear SIGTERM.
+It tells its pid, then obeys: ``imported``, ``fail REASON``, ``babble BYTES``, ``exit CODE``. Given a spec it
+tells whose, and lives on beside a child of its own; a model whose env has DEAF does not hear SIGTERM.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ def main() -> None:
     match verb:
         case "fail":
             channel.send(encode_json(ImportsFailed(reason=rest)))
+            sys.exit(1)
+        case "babble":
+            channel.send(rest.encode())
+            channel.recv(1)  # until the standby has enough of it
             sys.exit(1)
         case "exit":
             os._exit(int(rest))
