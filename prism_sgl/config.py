@@ -306,9 +306,13 @@ def _env(table: Table) -> dict[str, str]:
 def _facts(table: Table, path: str, engine_args: dict[str, object]) -> ModelFacts:
     remedy = "give the folder of the model's files"
     if not os.path.exists(path):
+        why = ""
         if _HUB_ID.fullmatch(path):
-            return read_cached_facts(path, engine_args)
-        table.fail("path", f'is "{path}", which does not exist', remedy)
+            try:
+                return read_cached_facts(path, engine_args)
+            except ValueError:
+                why = " and is no id of the hub"
+        table.fail("path", f'is "{path}", which does not exist{why}', remedy)
     if os.path.isdir(path) and not os.path.isfile(f"{path}/config.json"):
         table.fail("path", f'is "{path}", which has no config.json', remedy)
     try:

@@ -62,7 +62,11 @@ def read_facts(path: Path, engine_args: Mapping[str, object]) -> ModelFacts:
 
 
 def read_cached_facts(hub_id: str, engine_args: Mapping[str, object]) -> ModelFacts:
-    """Facts of a model as the hub's cache on this machine has it; all unknown where SGLang has yet to fetch it."""
+    """Facts of a model as the hub's cache on this machine has it; all unknown where SGLang has yet to fetch it.
+
+    Raises:
+        ValueError: it is no id of the hub.
+    """
     from huggingface_hub import try_to_load_from_cache  # half a second, for those who name a hub id
 
     revision, cache_dir = (
@@ -110,9 +114,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         named = _read_json(index).get("weight_map")
-        if not isinstance(named, dict):
-            raise ValueError(f"{index.name} has no weight_map")
-        return [folder / str(name) for name in sorted(set(named.values()))]
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise ValueError(f"{index.name} has no weight_map of file names")
+        return [folder / name for name in sorted(set(named.values()))]
     # "consolidated" files are a second copy of the same weights.
     return sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("consolidated"))
 
@@ -141,7 +145,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
             header = json.loads(opened.read(length))
-    except (OSError, struct.error, ValueError) as error:
+    except (OSError, struct.error, ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} cannot be read as safetensors ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{file.name} has a header that is no table")
@@ -151,7 +155,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is no table")

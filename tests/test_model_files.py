@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prism_sgl.model_files import ModelFacts, read_facts
+from prism_sgl.model_files import ModelFacts, read_cached_facts, read_facts
 from tests.model_folders import write_model, write_safetensors
 
 MIB = 1 << 20
@@ -104,3 +104,24 @@ def test_broken_header_entry_is_named(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(ValueError, match="broken header at 'w'"):
         read_facts(folder, {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_file_that_is_too_deep_is_named(folder: Path, name: str) -> None:
+    text = b'{"a":' * 100_000
+    begin = len(text).to_bytes(8, "little") if name.endswith(".safetensors") else b""
+    (folder / name).write_bytes(begin + text)
+    with pytest.raises(ValueError, match=name):
+        read_facts(folder, {})
+
+
+def test_index_whose_files_are_no_names_is_named(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": ["a.safetensors"]}}))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map of file names"):
+        read_facts(folder, {})
+
+
+@pytest.mark.parametrize("path", ["models/my--model", "models/run_3-", "models/chat.git"])
+def test_what_is_no_id_of_the_hub_is_a_wrong_value(path: str) -> None:
+    with pytest.raises(ValueError, match="(?i)repo"):
+        read_cached_facts(path, {})

@@ -44,6 +44,7 @@ def start_child(
     name: str, module: str, args: Sequence[str], *, env: Mapping[str, str], log: Path, fds: Sequence[int] = ()
 ) -> Child:
     """``python -m module args``. Only from the main thread: its end is what the death signal follows."""
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up there
     # Its own session: ^C in the terminal reaches the supervisor alone, which then stops in order.
     with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as sink:
         popen = subprocess.Popen(
@@ -65,7 +66,12 @@ def start_child(
             pass_fds=tuple(fds),
             start_new_session=True,
         )
-    return Child(name, popen)
+    try:
+        return Child(name, popen)
+    except OSError:  # no descriptor left to watch it by: nobody would know of it
+        popen.kill()
+        popen.wait()
+        raise
 
 
 def why_ended(code: int, log: Path, *, served: bool = False) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import click
@@ -14,8 +14,11 @@ from rich.table import Table
 from prism_sgl import config
 from prism_sgl.errors import EXIT_FAILURE, EXIT_OK, EXIT_TEMPFAIL, EXIT_UNAVAILABLE, PrismError
 from prism_sgl.launch.__main__ import main as launch
+from prism_sgl.launch.http_url import is_url
 from prism_sgl.launch.replay.commands import plan, replay
 from prism_sgl.units import show_size
+
+T = TypeVar("T")
 
 _READ_TIMEOUT_S = 10.0
 _VERB_TIMEOUT_S = 900.0  # a load pays the engine's start
@@ -37,16 +40,32 @@ class _RefusedError(click.ClickException):
     exit_code = EXIT_FAILURE
 
 
+def _check_key(context: click.Context, param: click.Parameter, key: str | None) -> str | None:
+    # Here, because httpx would show the key in its error.
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise click.BadParameter("not shown; leave out line ends, spaces around it and what is not ASCII")
+    return key
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--host", envvar="PRISM_HOST", help="Address of the server.  [default: 127.0.0.1:30000]")
-@click.option("--key", envvar="PRISM_ADMIN_KEY", help="Admin key, if the server has some.")
+@click.option(
+    "--key", envvar="PRISM_ADMIN_KEY", callback=_check_key, help="Admin key, if the server has some."
+)
 @click.pass_context
 def cli(context: click.Context, host: str | None, key: str | None) -> None:
     """Many LLMs on few devices."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    context.obj = lambda timeout_s: httpx.Client(
-        base_url=config.server_address(host), headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0)
-    )
+
+    def client(timeout_s: float) -> httpx.Client:
+        url = config.server_address(host)
+        if not is_url(url):
+            raise click.UsageError(
+                f"--host (or PRISM_HOST) {host!r} is no address, e.g. 127.0.0.1:30000 or [::1]:30000"
+            )
+        return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0))
+
+    context.obj = client
 
 
 @cli.command()
@@ -137,18 +156,18 @@ def explain(context: click.Context, model: str) -> None:
 
 
 def _fetch_models(context: click.Context) -> list[dict[str, Any]]:
-    content = _request(context, "GET", "/api/v1/models", _READ_TIMEOUT_S)
-    models = content.get("models", content.get("data", []))
-    # As in /v1/models, what is ours may stand in an object of its own beside OpenAI's fields.
-    return [{**model, **model.get("prism", {})} for model in models if isinstance(model, dict)]
+    models = _request(context, "GET", "/api/v1/models", _READ_TIMEOUT_S, "models", list)
+    return [model for model in models if isinstance(model, dict)]
 
 
 def _ask(context: click.Context, model: str, verb: str, method: str = "POST") -> None:
-    content = _request(context, method, f"/api/v1/models/{quote(model)}/{verb}", _VERB_TIMEOUT_S)
-    click.echo(content.get("message") or f"{model}: {verb} done")
+    path = f"/api/v1/models/{quote(model)}/{verb}"
+    message = _request(context, method, path, _VERB_TIMEOUT_S, "message", str)
+    click.echo(message or f"{model}: {verb} done")
 
 
-def _request(context: click.Context, method: str, path: str, timeout_s: float) -> dict[str, Any]:
+def _request(context: click.Context, method: str, path: str, timeout_s: float, key: str, kind: type[T]) -> T:
+    """What our server's answer has at ``key``; anybody else's answer is an error, whatever its status."""
     with context.obj(timeout_s) as client:
         try:
             response = client.request(method, path)
@@ -161,12 +180,17 @@ def _request(context: click.Context, method: str, path: str, timeout_s: float) -
         content = {}
     if not isinstance(content, dict):
         content = {}
-    if response.is_error:
-        refusal = content.get("error")
-        told = refusal.get("message") if isinstance(refusal, dict) else None
-        message = told or f"{method} {path} was answered with {response.status_code}"
+    refusal = content.get("error")
+    if response.is_error and isinstance(refusal, dict) and refusal.get("message"):
+        message = str(refusal["message"])
         raise _TryLaterError(message) if response.status_code in (429, 503) else _RefusedError(message)
-    return content
+    found = content.get(key)
+    if not response.is_success or not isinstance(found, kind):
+        raise _UnreachableError(
+            f"no prism_sgl server there: something else answered {response.url} with {response.status_code}; "
+            "give the server's address by --host or PRISM_HOST"
+        )
+    return found
 
 
 def _show_models(models: list[dict[str, Any]], as_json: bool) -> None:

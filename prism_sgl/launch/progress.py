@@ -28,8 +28,11 @@ class Progress:
         self.text(f"[{self.elapsed_s():7.1f}s] {' '.join(text.split())}")
 
     def text(self, text: str) -> None:
+        encoding = self._out.encoding or "utf-8"
+        # Errors of SGLang may hold characters that this terminal does not have.
+        shown = text.encode(encoding, "replace").decode(encoding)
         with contextlib.suppress(OSError):  # the terminal may have gone; the server has not
-            print(text, file=self._out, flush=True)
+            print(shown, file=self._out, flush=True)
 
     def watch(self, run_dir: str, runtime: RuntimeId) -> None:
         self._watched[runtime] = _PhaseFile(Path(addresses.phases(run_dir, runtime)))

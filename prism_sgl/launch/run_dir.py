@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from prism_sgl.errors import ConfigError, PortInUseError
@@ -25,11 +26,13 @@ _NUM_SHOWN = 3  # names of what is in the way
 class RunDir:
     """Held for the supervisor's life; ``remove()`` takes away all that the instance made."""
 
-    def __init__(self, path: str, port: int) -> None:
+    def __init__(self, path: str, port: int, report: Callable[[str], None] = print) -> None:
         self.path = Path(path)
         self.port = port
+        self._report = report
         self.swept: list[str] = []  # what a killed instance had left, for the log
         self._sessions: dict[int, str] = {}  # pid of the leader -> its name
+        self._is_written = True
         self._lock_fd = -1
 
     def acquire(self) -> None:
@@ -176,8 +179,18 @@ class RunDir:
             if found := read_stat(pid):
                 lines.append(f"{pid} {found.start_ticks} {name}\n")
         fresh = self.path / "pids.new"
-        fresh.write_text("".join(lines))
-        fresh.replace(self.path / "pids")
+        try:
+            fresh.write_text("".join(lines))
+            fresh.replace(self.path / "pids")
+        except OSError as error:  # a full disk is no reason to end engines that are well
+            if self._is_written:
+                self._report(
+                    f"warning: {fresh} cannot be written ({error.strerror}); make room there: until it can, "
+                    "what outlives us if we are killed is not ended by the next instance"
+                )
+            self._is_written = False
+        else:
+            self._is_written = True
 
 
 def remove_listed(listing: Path) -> list[str]:

@@ -82,6 +82,7 @@ def begin_log(path: Path, living: Collection[Path]) -> None:
     """
     of_model = glob.escape(path.name.rpartition("@")[0])
     with contextlib.suppress(OSError):  # somebody else tidies up there too, or may write there and we may not
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists():
             os.replace(path, f"{path}.old")
         ended = set(path.parent.glob(f"{of_model}@*.log*")).difference(living)

@@ -96,11 +96,22 @@ class Service:
                 reason += f": {error}"
             if self._gone is not None:
                 await self._gone(reason)
-            wait_s = backoff.after(time.monotonic() - began)
-            self._progress.line(f"{self.name}: ended ({reason}); starts again in {wait_s:g} s")
+            if not await self._start_again(f"ended ({reason})", time.monotonic() - began, backoff):
+                return
+
+    async def _start_again(self, why: str, lived_s: float, backoff: Backoff) -> bool:
+        """False: it was stopped while it waited."""
+        while True:
+            wait_s = backoff.after(lived_s)
+            self._progress.line(f"{self.name}: {why}; starts again in {wait_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), wait_s)
             if self._stopping.is_set():
-                return
+                return False
             self.num_restarts += 1
-            self._launch()
+            try:
+                self._launch()
+            except OSError as error:  # no process, a full disk: it may pass, and engines live meanwhile
+                why, lived_s = f"could not be started ({error})", 0.0
+            else:
+                return True

@@ -92,7 +92,11 @@ class StandbyLink:
                 str(self._share.num_cores),
             ]
             name = f"standby {self.device.name}"
-            child = start_child(name, module, args, env=env, log=log, fds=[theirs.fileno()])
+            try:
+                child = start_child(name, module, args, env=env, log=log, fds=[theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
         ours.setblocking(False)
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours, self._read)

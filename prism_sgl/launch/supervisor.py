@@ -71,11 +71,11 @@ def run(
 ) -> int:
     """Serve until SIGINT or SIGTERM. Raises ConfigError or PortInUseError before anything is started."""
     with listen(config.server.host, config.server.port, file=config.file) as listener:
-        directory = RunDir(run_dir(config), config.server.port)
+        progress = Progress(out)
+        directory = RunDir(run_dir(config), config.server.port, progress.line)
         directory.acquire()
         try:
             make_log_dir(config)
-            progress = Progress(out)
             # Only now: what a killed instance left on the cards has been ended.
             for note in check_cards(config, cuda_environment(), read_cards, is_here=True):
                 progress.line(f"warning: {note}")

@@ -27,15 +27,21 @@ MODELS = [
 
 class _Handler(BaseHTTPRequestHandler):
     asked: list[tuple[str, str | None]]
+    foreign: tuple[int, object] | None = None  # what a server answers that is not ours
 
     def do_GET(self) -> None:
-        if self.path.endswith("/explain"):
+        if self.foreign is not None:
+            self._answer(*self.foreign)
+        elif self.path.endswith("/explain"):
             self._answer(200, {"message": "chat: awake on host0\nhost0: pressure 0.10"})
         else:
             self._answer(200, {"models": MODELS})
 
     def do_POST(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization")))
+        if self.foreign is not None:
+            self._answer(*self.foreign)
+            return
         if "nobody" in self.path:
             self._answer(404, {"error": {"message": "no model nobody; ask /v1/models"}})
         elif "busy" in self.path:
@@ -107,6 +113,47 @@ def test_exit_codes(server: ThreadingHTTPServer) -> None:
     assert call("no-such-verb").exit_code == EXIT_USAGE
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        (301, {}),
+        (200, "<html>"),
+        (200, {"status": "ok"}),
+        (200, {"message": 7, "models": "many"}),
+        (404, {"detail": "Not Found"}),
+        (502, "<html>"),
+    ],
+)
+def test_answer_of_another_server_is_no_success(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, foreign: tuple[int, object]
+) -> None:
+    monkeypatch.setattr(_Handler, "foreign", foreign)
+    url = f"http://127.0.0.1:{server.server_port}/api/v1/models"
+    for words in (["ps"], ["list", "--json"], ["unload", "chat"], ["explain", "chat"]):
+        result = call(*words)
+        assert result.exit_code == EXIT_UNAVAILABLE
+        assert result.output.startswith(f"Error: no prism_sgl server there: something else answered {url}")
+        assert "PRISM_HOST" in result.output
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:abc", "::1", "http://[::1", "127.0.0.1:99999", "ftp://a", "a\nb"]
+)
+def test_host_that_is_no_address_is_told(host: str) -> None:
+    result = call("--host", host, "ps")
+    assert result.exit_code == EXIT_USAGE
+    assert f"{host!r} is no address, e.g. 127.0.0.1:30000 or [::1]:30000" in result.output
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "secret\r", "secret\n", " secret", "sec\x1bret"])
+def test_key_that_cannot_be_sent_is_told_and_not_shown(server: ThreadingHTTPServer, key: str) -> None:
+    for result in (call("--key", key, "ps"), CliRunner().invoke(cli, ["ps"], env={"PRISM_ADMIN_KEY": key})):
+        assert result.exit_code == EXIT_USAGE
+        assert "leave out line ends" in result.output
+        assert "ret" not in result.output and "schl" not in result.output
+    assert call("--key", "two words", "wake", "chat").exit_code == EXIT_OK
+
+
 def test_unreachable_server_is_69_with_a_remedy() -> None:
     result = call("--host", f"127.0.0.1:{free_port()}", "ps")
     assert result.exit_code == EXIT_UNAVAILABLE
@@ -121,6 +168,13 @@ def test_check_says_what_is_wrong(tmp_path: Path) -> None:
     )
     right = call("check", str(file))
     assert (right.exit_code, right.output) == (EXIT_OK, f"{file} is right: chat at http://127.0.0.1:30000\n")
+    file.write_text(file.read_text().replace(f"{model}", "models/my--model"))
+    no_model = call("check", str(file))
+    assert no_model.exit_code == EXIT_CONFIG
+    told = (
+        f'{file}: models.chat.path is "models/my--model", which does not exist and is no id of the hub; give'
+    )
+    assert no_model.stderr.startswith(told)
     file.write_text("[sever]\n")
     wrong = call("serve", "--config", str(file))
     assert (wrong.exit_code, wrong.stderr) == (

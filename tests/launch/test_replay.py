@@ -79,6 +79,7 @@ def test_eight_models_have_754_requests_as_the_prototype_has(measured: measureme
         ('memory = "40GiB"', "", ("memory", "is missing", "give")),
         ('memory = "40GiB"', 'memory = "4GiB"', ("models.large.weights", "do not fit", "raise")),
         ("trace_model = 1", "trace_model = 1\ntp = 3", ("models.small.tp", "is 3", "give")),
+        ("= 32768", "= 200_000_000", ("models.small.kv_bytes_per_token", "is 200000000", "give")),
     ],
 )
 def test_wrong_fleet_is_named_by_key_and_remedy(
@@ -87,6 +88,11 @@ def test_wrong_fleet_is_named_by_key_and_remedy(
     path, _ = write(tmp_path, fleet=FLEET.replace(old, new))
     with fails(*words):
         fleet_file.load(path, measured)
+
+
+def test_fleet_that_is_missing_is_told(tmp_path: Path, measured: measurements.Measured) -> None:
+    with fails("none.toml: the file", "cannot be read", "give the path of a fleet"):
+        fleet_file.load(tmp_path / "none.toml", measured)
 
 
 # ------------------------------------------------------------ traces
@@ -119,6 +125,14 @@ def test_wrong_header_and_empty_trace_are_refused(tmp_path: Path) -> None:
         trace_file.load(path)
     with fails("the file", "cannot be read"):
         trace_file.load(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("times", [("1764450000", "1764450001"), ("0", "1764450000"), ("1e300",)])
+def test_times_of_day_are_refused(tmp_path: Path, times: tuple[str, ...]) -> None:
+    rows = "".join(f"{at_s},0,5,5\n" for at_s in times)
+    _, path = write(tmp_path, trace=f"arrival_s,model,prompt_tokens,output_tokens\n{rows}")
+    with fails("arrival_s goes from 0 to 1", "a week without a request", "subtract the first arrival"):
+        trace_file.load(path)
 
 
 def test_request_longer_than_the_context_is_refused(tmp_path: Path, measured: measurements.Measured) -> None:
@@ -229,6 +243,14 @@ def test_wrong_option_is_told(tmp_path: Path, option: str, value: str, told: str
     result = CliRunner().invoke(cli, ["replay", "--fleet", str(fleet), "--trace", str(trace), option, value])
     assert result.exit_code == 2
     assert told in result.output
+
+
+@pytest.mark.parametrize("command", ["replay", "plan"])
+def test_rate_at_which_no_request_arrives_is_an_error(tmp_path: Path, command: str) -> None:
+    fleet, trace = write(tmp_path)
+    words = f"{command} --fleet {fleet} --trace {trace} --policy prism --rate-scale 0.01"
+    with fails("--rate-scale is 0.01", "no request arrives"):
+        CliRunner().invoke(cli, words.split(), catch_exceptions=False)
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

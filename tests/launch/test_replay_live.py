@@ -292,8 +292,9 @@ def test_live_replay_against_our_own_server_has_the_json_of_the_simulated_one(tm
 
 
 def test_live_command_says_what_is_wrong(tmp_path: Path) -> None:
-    result, _ = invoke(tmp_path, "127.0.0.1:30000")
-    assert result.exit_code == 2 and "is no address" in result.output
+    for url in ("127.0.0.1:30000", "http://127.0.0.1:abc", "http://[::1", "http://127.0.0.1:99999"):
+        result, _ = invoke(tmp_path, url)
+        assert result.exit_code == 2 and "is no address" in result.output
     result, _ = invoke(tmp_path, "http://127.0.0.1:9", "--policy", "static")
     assert result.exit_code == 2 and "leave it out with --live" in result.output
     result, _ = invoke(tmp_path, "http://127.0.0.1:9", "--token-ids", "5")

@@ -91,6 +91,23 @@ def test_lock_of_another_program_alone_is_no_empty_folder(folder: Path) -> None:
     assert (folder / "lock").read_text() == "pid 7\n"
 
 
+def test_session_list_that_cannot_be_written_is_told_once_and_tried_again(folder: Path) -> None:
+    told: list[str] = []
+    run_dir = RunDir(str(folder), 1, told.append)
+    run_dir.acquire()
+    (folder / "pids.new").mkdir()  # in the way, as a full disk is
+    run_dir.record(os.getpid(), "router")
+    run_dir.record(os.getppid(), "api_server")
+    (line,) = told
+    assert "pids.new cannot be written" in line and "make room" in line
+    (folder / "pids.new").rmdir()
+    run_dir.forget(os.getppid())
+    assert (folder / "pids").read_text().endswith(" router\n")
+    (folder / "pids").unlink()  # of this process, which end_all() would kill
+    run_dir.remove()
+    assert len(told) == 1
+
+
 def test_lock_that_is_no_file_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="holds lock"):

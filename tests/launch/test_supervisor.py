@@ -135,6 +135,19 @@ def test_killed_service_starts_again(instance: Instance, name: str) -> None:
     assert instance.end() == EXIT_OK
 
 
+def test_full_run_dir_and_logs_that_were_tidied_away_end_no_engine(instance: Instance) -> None:
+    before = instance.pids()
+    (instance.run_dir / "pids.new").mkdir()  # in the way, as a full disk is
+    shutil.rmtree(instance.run_dir / "logs")
+    os.kill(before["api_server"], signal.SIGKILL)
+    instance.line("pids.new cannot be written")
+    instance.line("api_server: ended")
+    assert int(instance.ask()[0]) != before["api_server"]
+    assert is_alive(before["chat@host0.1"])
+    assert instance.end() == EXIT_OK
+    assert_nothing_left(instance, list(before.values()))
+
+
 def test_new_router_is_told_which_runtimes_live(instance: Instance) -> None:
     os.kill(instance.pids()["router"], signal.SIGKILL)
     instance.line("router: ended")

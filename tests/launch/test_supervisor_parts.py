@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +20,12 @@ from prism_sgl.backoff import Backoff
 from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
 from prism_sgl.errors import describe_exit
 from prism_sgl.launch.banner import curl_line, ready_lines
-from prism_sgl.launch.children import why_ended
+from prism_sgl.launch.children import Child, start_child, why_ended
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
+from prism_sgl.launch.run_dir import RunDir
 from prism_sgl.launch.runtimes import KEPT_LOGS, begin_log, build_spec
+from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import HostShare, StandbyLink, share_host
 from prism_sgl.launch.supervisor import run
 from prism_sgl.messages import RuntimeId
@@ -127,6 +131,104 @@ def test_event_is_one_line_whatever_the_reason_holds() -> None:
     assert out.getvalue().endswith("chat: ended ( two lines)\n")
 
 
+def test_terminal_that_lacks_a_character_does_not_end_the_instance() -> None:
+    shown = io.BytesIO()
+    out = io.TextIOWrapper(shown, encoding="latin-1")
+    Progress(out).line("chat: ended (RuntimeError: “no kernel”, schön)")
+    assert shown.getvalue().decode("latin-1").endswith("chat: ended (RuntimeError: ?no kernel?, schön)\n")
+
+
+def test_service_that_cannot_be_started_again_is_tried_until_it_can(tmp_path: Path) -> None:
+    out = io.StringIO()
+    log = tmp_path / "logs" / "service.log"
+    failures: list[BaseException] = []
+    refusals = iter([BlockingIOError(errno.EAGAIN, "no process to be had"), OSError(errno.ENOSPC, "full")])
+    starts: list[Child] = []
+
+    def start() -> Child:
+        if starts and (refusal := next(refusals, None)):
+            raise refusal
+        starts.append(start_child("service", "http.server", ["0"], env=os.environ, log=log))
+        if len(starts) == 2:
+            again.set()
+        return starts[-1]
+
+    async def serve() -> None:
+        directory = RunDir(str(tmp_path / "run"), 1)
+        directory.acquire()
+        service = Service(
+            "service", start, None, run_dir=directory, progress=Progress(out), log=log, fail=failures.append
+        )
+        service.begin()
+        shutil.rmtree(log.parent)  # somebody tidies up
+        service.send_signal(signal.SIGKILL)
+        await asyncio.wait_for(again.wait(), 30)
+        await service.stop(signal.SIGKILL, 10)
+        directory.remove()
+
+    again = asyncio.Event()
+    asyncio.run(serve())
+    assert failures == []
+    lines = [line.split("] ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines.pop(0).startswith("service: ended (killed by SIGKILL")
+    assert lines == [
+        f"service: could not be started ([Errno {errno.EAGAIN}] no process to be had); starts again in 0.2 s",
+        f"service: could not be started ([Errno {errno.ENOSPC}] full); starts again in 0.4 s",
+    ]
+    assert log.exists()
+
+
+def test_service_that_cannot_be_started_again_can_be_stopped(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    starts: list[Child] = []
+    failures: list[BaseException] = []
+
+    def start() -> Child:
+        if starts:
+            refused.set()
+            raise BlockingIOError(errno.EAGAIN, "no process to be had")
+        starts.append(start_child("service", "no_such_module", [], env=os.environ, log=log))
+        return starts[-1]
+
+    async def serve() -> None:
+        directory = RunDir(str(tmp_path / "run"), 1)
+        directory.acquire()
+        progress = Progress(io.StringIO())
+        service = Service(
+            "service", start, None, run_dir=directory, progress=progress, log=log, fail=failures.append
+        )
+        service.begin()
+        await asyncio.wait_for(refused.wait(), 30)
+        await asyncio.wait_for(service.stop(signal.SIGTERM, 30), 10)
+        directory.remove()
+
+    refused = asyncio.Event()
+    asyncio.run(serve())
+    assert failures == []
+
+
+def test_process_that_cannot_be_watched_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = []
+
+    def refuse(pid: int) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("os.pidfd_open", refuse)
+
+    async def start() -> None:
+        start_child("service", "http.server", ["0"], env=os.environ, log=tmp_path / "log")
+
+    with pytest.raises(OSError, match="too many open files"):
+        asyncio.run(start())
+    assert read_stat(pids[0]) is None
+
+
+def test_log_folder_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    begin_log(tmp_path / "logs" / "rt-chat@host0.1.log", living=[])
+    assert (tmp_path / "logs").is_dir()
+
+
 def shares(
     num_cards: int, *, start_parallel: int, cores: int, allowed: tuple[str, ...] = ()
 ) -> dict[str, HostShare]:
@@ -187,6 +289,16 @@ def test_standby_is_told_its_device_and_its_share(tmp_path: Path) -> None:
     given = asyncio.run(arguments())
     shown = {"--kind": "cuda", "--index": "1", "--waiting": "3", "--expected": "8", "--cores": "5"}
     assert {option: given[given.index(option) + 1] for option in shown} == shown
+
+
+def test_standby_that_cannot_be_started_leaves_no_socket(tmp_path: Path) -> None:
+    device = DeviceConfig(name="device0", kind="host", memory_bytes=1 << 30)
+    (tmp_path / "file").touch()
+    link = StandbyLink(device, HostShare(0, 0, 1), lambda _device, _message: None)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError) as caught:
+        link.start("tests.launch.programs.tiny_standby", env=os.environ, log=tmp_path / "file" / "log")
+    assert os.listdir("/proc/self/fd") == before, caught  # whose frames hold what was not closed
 
 
 def test_spec_has_all_that_the_worker_needs(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import click
 from click.core import ParameterSource
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prism_sgl.launch.http_url import is_url
 from prism_sgl.launch.replay import fleet_file, measurements, plot, trace_file
 from prism_sgl.launch.replay.client import Prompts
 from prism_sgl.launch.replay.live_runs import LiveRun, Target
@@ -74,8 +74,7 @@ class _Url(click.ParamType[str]):
     name = "URL"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
-        parts = urlsplit(str(value))
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_url(str(value)):
             self.fail(f"{value!r} is no address, e.g. http://127.0.0.1:30000", param, context)
         return str(value).rstrip("/").removesuffix("/v1")
 

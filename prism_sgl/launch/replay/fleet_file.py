@@ -15,12 +15,14 @@ served_as = "chat"             # its name on the server of replay --live; else t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from prism_sgl.config_table import Table, read_toml
-from prism_sgl.launch.replay.measurements import ASSUMED, COPY_SLOWDOWN, Measured, costs
+from prism_sgl.errors import ConfigError
+from prism_sgl.launch.replay.measurements import ASSUMED, COPY_SLOWDOWN, PAGE_BYTES, Measured, costs
 from prism_sgl.schedulers.replay.spec import Fleet, ModelSpec, Slo
 from prism_sgl.units import GRANULE_BYTES
 
@@ -50,6 +52,9 @@ class FleetFile:
 def load(path: Path, measured: Measured) -> FleetFile:
     """Raises ConfigError with key and remedy."""
     file = str(path)
+    if not os.access(path, os.R_OK):
+        remedy = "give the path of a fleet, e.g. examples/fleet_demo.toml"
+        raise ConfigError("the file", "cannot be read", remedy, file=file)
     root = Table(file, "", read_toml(path, file), _KEYS)
     listed = root.values.get("models")
     if not isinstance(listed, dict) or not listed:
@@ -84,7 +89,7 @@ def _model(table: Table, name: str, measured: Measured) -> ModelSpec:
         costs=costs(
             measured,
             weights_bytes=table.size("weights", 0, example="14.96GiB", low=GRANULE_BYTES),
-            kv_bytes_per_token=table.integer("kv_bytes_per_token", 131072, 1),
+            kv_bytes_per_token=table.integer("kv_bytes_per_token", 131072, 1, PAGE_BYTES * tp),
             context_tokens=table.integer("context", 4096, 2),
             tp=tp,
         ),

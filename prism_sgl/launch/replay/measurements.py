@@ -19,7 +19,7 @@ from prism_sgl.units import round_up
 CARDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("h100", "h200")}
 H100 = CARDS["h100"]
 _MIB = 1 << 20
-_PAGE_BYTES = 128 * _MIB
+PAGE_BYTES = 128 * _MIB
 LARGE_BYTES = 14.96 * (1 << 30)  # weights of the 8B that was measured
 
 # Not measured by benchmarks/gpu; where each comes from.
@@ -88,16 +88,16 @@ def costs(
     speed = 1.0 if tp == 1 else tp * _TP_EFFICIENCY
     step_s = max(_LEAST_STEP_S, weights_bytes / measured.bytes_per_s / speed)
     prefill = min(_MOST_PREFILL_TOKENS_PER_S, PREFILL_TOKENS_PER_S / size * speed)
-    part_bytes = round_up(math.ceil(weights_bytes / tp), _PAGE_BYTES)
+    part_bytes = round_up(math.ceil(weights_bytes / tp), PAGE_BYTES)
     part_kv = max(1, kv_bytes_per_token // tp)
-    page_tokens = _PAGE_BYTES // part_kv
+    page_tokens = PAGE_BYTES // part_kv
     return ModelCosts(
         weights_bytes=part_bytes,
         overhead_bytes=_AWAKE_BYTES,
         asleep_bytes=measured.asleep_bytes,
         kv_bytes_per_token=part_kv,
-        page_bytes=_PAGE_BYTES,
-        floor_bytes=-(-context_tokens // page_tokens) * _PAGE_BYTES,
+        page_bytes=PAGE_BYTES,
+        floor_bytes=-(-context_tokens // page_tokens) * PAGE_BYTES,
         context_tokens=context_tokens,
         latency_s=measured.latency_s,
         pass_s=step_s,  # a pass of few tokens reads the same weights as a decode step does

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from prism_sgl.errors import ConfigError
@@ -20,6 +21,7 @@ from prism_sgl.schedulers.replay.spec import Arrival, Fleet
 COLUMNS = ("arrival_s", "model", "prompt_tokens", "output_tokens")
 _MOST_TOKENS = 10**7
 _JITTER_S = 0.5
+_LONGEST_PAUSE_S = 7 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,17 @@ def load(path: Path) -> Trace:
         ) from None
     if not rows:
         raise _wrong(path, 2, "is missing", "a trace has one request at least")
-    return Trace(str(path), tuple(sorted(rows, key=lambda row: row.at_s)))
+    rows.sort(key=lambda row: row.at_s)
+    for before_s, at_s in pairwise([0.0, *(row.at_s for row in rows)]):
+        # Seconds since 1970, mostly: a live replay would sleep for 56 years.
+        if at_s - before_s > _LONGEST_PAUSE_S:
+            raise ConfigError(
+                "arrival_s",
+                f"goes from {before_s:.15g} to {at_s:.15g}, more than a week without a request",
+                "subtract the first arrival from all of them",
+                file=str(path),
+            )
+    return Trace(str(path), tuple(rows))
 
 
 def _row(path: Path, line: int, cells: Sequence[str]) -> Row:
@@ -128,4 +140,8 @@ def arrivals(trace: Trace, fleet: Fleet, rate_scale: float, seed: int = 0) -> li
                 at_s = (at_s + spec.trace_shift_s) % trace.seconds
             one = Arrival(max(0.0, at_s), spec.name, row.prompt_tokens, row.output_tokens)
             found.extend([one] * copies)
+    if not found:
+        raise ConfigError(
+            "--rate-scale", f"is {rate_scale:g}, at which no request arrives", "give more", file=trace.file
+        )
     return sorted(found, key=lambda arrival: arrival.at_s)
