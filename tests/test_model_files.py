@@ -123,5 +123,5 @@ def test_index_whose_files_are_no_names_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", ["models/my--model", "models/run_3-", "models/chat.git"])
 def test_what_is_no_id_of_the_hub_is_a_wrong_value(path: str) -> None:
-    with pytest.raises(ValueError, match="(?i)repo"):
+    with pytest.raises(ValueError, match=r"(?i)repo"):
         read_cached_facts(path, {})
