@@ -235,6 +235,15 @@ def prefilled(victim: Engine, since: int) -> int:
     return sum(int(tokens) for (tokens,) in victim.log_matches(PREFILLED, since, wait_s=0))
 
 
+def wait_until_prefilled(victim: Engine, since: int, asks: Sequence[Ask]) -> None:
+    """Of the first tokens of a prompt some may happen to be cached."""
+    deadline = time.monotonic() + 20
+    while prefilled(victim, since) < 0.99 * sum(ask.tokens for ask in asks):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the victim has not prefilled {len(asks)} requests within 20 s")
+        time.sleep(0.02)
+
+
 def ask_amid(
     card: Card, requester: Engine, victim: Engine, asks: list[Ask], meanwhile: list[Ask], moves: Moves
 ) -> None:
@@ -242,12 +251,7 @@ def ask_amid(
     begin = victim.log_mark()
     victim.send_burst(asks)
     try:
-        deadline = time.monotonic() + 20
-        # The first tokens of a prompt may happen to be cached.
-        while prefilled(victim, begin) < 0.99 * sum(ask.tokens for ask in asks):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the victim has not prefilled {len(asks)} requests within 20 s")
-            time.sleep(0.02)
+        wait_until_prefilled(victim, begin, asks)
         decoding = victim.log_mark()
         with right_to(card, requester):
             move_once(card, requester, [victim], moves, meanwhile)

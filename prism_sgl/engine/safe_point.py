@@ -42,7 +42,6 @@ class SafePoint:
         self.tree = scheduler.tree_cache
         self.asleep = False  # no KV is mapped, of the weights what neighbours have left
         self._device_was_short = False
-        self._no_cache: bool = self.tree.disable
         self.giving = Giving(scheduler, memory)
         self._was_idle = False
         self._asked_at = -math.inf
@@ -196,12 +195,12 @@ class SafePoint:
         block = self.allocator.page_size
         waiting = self.scheduler.waiting_queue[: max(slots, 0)]
         prompts = sum(len(r.origin_input_ids) + len(r.output_ids) for r in waiting)
-        total = prompts + answers_tokens(waiting, no_cache=self._no_cache) + 2 * block * len(waiting)
+        total = prompts + answers_tokens(waiting, no_cache=self.tree.disable) + 2 * block * len(waiting)
         chunked = self.scheduler.chunked_req
         if chunked is not None:
-            total += chunk_rest(chunked) + answers_tokens([chunked], no_cache=self._no_cache) + 2 * block
+            total += chunk_rest(chunked) + answers_tokens([chunked], no_cache=self.tree.disable) + 2 * block
         return total
 
     def _running_tokens(self, requests: list[Any]) -> int:
         """What the running requests may still want: their whole answers, as admission counts them."""
-        return answers_tokens(requests, no_cache=self._no_cache) + self.allocator.page_size * len(requests)
+        return answers_tokens(requests, no_cache=self.tree.disable) + self.allocator.page_size * len(requests)

@@ -13,7 +13,7 @@ from benchmarks.gpu.card import Neighbour
 from benchmarks.gpu.children import SLEEP, SLEEP_KEEPING_WEIGHTS, WAKE, WAKE_AND_WAIT, Engine
 from benchmarks.gpu.engine_process import Ask
 from benchmarks.gpu.nvml import GIB
-from benchmarks.gpu.share import RETRACTED, prefilled
+from benchmarks.gpu.share import RETRACTED, wait_until_prefilled
 from prism_sgl.units import GRANULE_BYTES
 from tests.gpu.conftest import KV_BYTES, Pair, answers
 
@@ -154,10 +154,7 @@ def test_requests_that_were_sent_back_are_answered_token_by_token(pair: Pair) ->
     asks = [Ask(seed=9500 + n, tokens=3300 if n % 4 else 60 + 20 * n, new_tokens=600) for n in range(28)]
     mark = pair.ours.log_mark()
     pair.ours.send_burst(asks, keep_ids=True)
-    deadline = time.monotonic() + 30
-    while prefilled(pair.ours, mark) < 0.99 * sum(ask.tokens for ask in asks):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until_prefilled(pair.ours, mark, asks)
     neighbour = Neighbour(pair.card, f"entitled-beside-{pair.ours.name}")
     try:
         view = pair.card.owner(pair.ours)

@@ -27,6 +27,7 @@ from prism_sgl.messages import (
     ModelStatus,
     Refuse,
     RequestId,
+    RequestKey,
     RuntimeExited,
     RuntimeFacts,
     RuntimeId,
@@ -89,6 +90,26 @@ def facts(**keys: int) -> RuntimeFacts:
     return RuntimeFacts(**{**known, **keys})
 
 
+def hello_of(
+    runtime: RuntimeId,
+    state: RuntimeState = RuntimeState.AWAKE,
+    *running: str,
+    known: RuntimeFacts | None = None,
+    start_s: float = 0.0,
+) -> Hello:
+    """``running``: first attempts that it has."""
+    name, _, rest = runtime.partition("@")
+    return Hello(
+        runtime=runtime,
+        model=name,
+        device=rest.rpartition(".")[0],
+        state=state,
+        facts=known or facts(),
+        running=[RequestKey(RequestId(request), 1) for request in running],
+        start_s=start_s,
+    )
+
+
 class ByHand:
     """Owner of a controller and its time. Each call returns the commands that it brought about."""
 
@@ -141,15 +162,7 @@ class ByHand:
         return runtime
 
     def hello(self, name: str, known: RuntimeFacts | None = None) -> list[Command]:
-        return self.runtime(
-            Hello(
-                runtime=self.id(name),
-                model=name,
-                device=self.id(name).partition("@")[2].rpartition(".")[0],
-                state=RuntimeState.AWAKE,
-                facts=known or facts(),
-            )
-        )
+        return self.runtime(hello_of(self.id(name), known=known))
 
     def start_all(self) -> None:
         """Say Hello for each runtime that is started and Slept for each told to sleep, until all is calm."""

@@ -8,7 +8,6 @@ from prism_sgl.errors import IllegalMoveError
 from prism_sgl.messages import (
     ApiHello,
     AskHello,
-    Hello,
     Introduce,
     Lost,
     RequestId,
@@ -21,7 +20,16 @@ from prism_sgl.messages import (
 )
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.records import LEGAL_MOVES
-from tests.schedulers.by_hand import ByHand, config, facts, granted, model, of, refusals, started_models
+from tests.schedulers.by_hand import (
+    ByHand,
+    config,
+    granted,
+    hello_of,
+    model,
+    of,
+    refusals,
+    started_models,
+)
 
 OLD = RuntimeId("chat@host0.1-1")
 
@@ -30,11 +38,6 @@ def load_of(runtime: RuntimeId, state: RuntimeState = RuntimeState.AWAKE) -> obj
     from prism_sgl.messages import Load
 
     return Load(runtime=runtime, state=state, weights_bytes=0, kv_bytes=0, wanted_bytes=0, in_flight=0)
-
-
-def hello_of(runtime: RuntimeId, state: RuntimeState, *running: str) -> Hello:
-    keys = [RequestKey(RequestId(request), 1) for request in running]
-    return Hello(runtime=runtime, model="chat", device="host0", state=state, facts=facts(), running=keys)
 
 
 def restarted() -> ByHand:

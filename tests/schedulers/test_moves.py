@@ -32,6 +32,7 @@ from tests.schedulers.by_hand import (
     config,
     facts,
     granted,
+    hello_of,
     model,
     of,
     replies,
@@ -55,10 +56,7 @@ def move(router: ByHand, device: str = "host1", name: str = "chat") -> list[Comm
 
 
 def hello(router: ByHand, runtime: RuntimeId, state: RuntimeState = RuntimeState.AWAKE) -> list[Command]:
-    device = runtime.partition("@")[2].rpartition(".")[0]
-    return router.runtime(
-        Hello(runtime=runtime, model="chat", device=device, state=state, facts=facts(), start_s=1.0)
-    )
+    return router.runtime(hello_of(runtime, state, start_s=1.0))
 
 
 def exit_of(router: ByHand, runtime: RuntimeId, *, expected: bool = False) -> list[Command]:

@@ -7,7 +7,6 @@ from prism_sgl.messages import (
     Finished,
     FirstToken,
     Grant,
-    Hello,
     Lost,
     RequestId,
     RequestKey,
@@ -20,25 +19,21 @@ from prism_sgl.messages import (
     Wake,
     Woke,
 )
-from prism_sgl.schedulers.controller import Command
 from prism_sgl.schedulers.records import Role
-from tests.schedulers.by_hand import WEIGHTS, ByHand, config, facts, model, of, slept_models, started_models
+from tests.schedulers.by_hand import (
+    WEIGHTS,
+    ByHand,
+    config,
+    facts,
+    hello_of,
+    model,
+    of,
+    slept_models,
+    started_models,
+)
 
 ASLEEP, AWAKE = RuntimeState.ASLEEP, RuntimeState.AWAKE
 HOME, OTHER = RuntimeId("chat@host0.1-1"), RuntimeId("chat@host1.1-3")
-
-
-def hello(router: ByHand, runtime: RuntimeId, state: RuntimeState, *running: str) -> list[Command]:
-    name, _, rest = runtime.partition("@")
-    told = Hello(
-        runtime=runtime,
-        model=name,
-        device=rest.rpartition(".")[0],
-        state=state,
-        facts=facts(),
-        running=[RequestKey(RequestId(request), 1) for request in running],
-    )
-    return router.runtime(told)
 
 
 def roles(router: ByHand) -> list[tuple[str | None, str, str]]:
@@ -72,7 +67,7 @@ def replica_comes_while_home_gives_its_turn() -> ByHand:
 def test_home_is_woken_for_what_it_sleeps_with_though_a_replica_serves() -> None:
     router = replica_comes_while_home_gives_its_turn()
     assert started_models(router.slept(HOME)) == ["code"]
-    hello(router, OTHER, AWAKE)
+    router.runtime(hello_of(OTHER, AWAKE))
     router.hello("code", facts(weights_bytes=2 * WEIGHTS))
     assert (router.state("chat").runtime, roles(router)) == (HOME, [(OTHER, "replica", "awake")])
     assert [grant.runtime for grant in of(router.submit("r2"), Grant)] == [OTHER]
@@ -87,7 +82,7 @@ def test_home_is_woken_for_what_it_sleeps_with_though_a_replica_serves() -> None
 
 def test_home_stays_the_home_while_it_falls_asleep_with_requests() -> None:
     router = replica_comes_while_home_gives_its_turn()
-    hello(router, OTHER, AWAKE)
+    router.runtime(hello_of(OTHER, AWAKE))
     assert (router.state("chat").runtime, router.state("chat").state) == (HOME, "draining")
     router.slept(HOME)
     assert (router.state("chat").runtime, router.state("chat").state) == (HOME, "asleep")
@@ -96,7 +91,7 @@ def test_home_stays_the_home_while_it_falls_asleep_with_requests() -> None:
 def test_replica_is_the_home_once_nothing_is_set_aside_any_more() -> None:
     router = replica_comes_while_home_gives_its_turn()
     router.slept(HOME)
-    hello(router, OTHER, AWAKE)
+    router.runtime(hello_of(OTHER, AWAKE))
     router.finish("r1")  # its last words, or its client has gone
     assert router.state("chat").runtime == OTHER
     assert [stop.runtime for stop in of(router.all, StopRuntime)] == [HOME]
@@ -106,7 +101,7 @@ def test_replica_does_not_move_while_its_home_is_set_aside() -> None:
     """A target of it would be started in vain: it is the home that a move replaces, and this one is to be woken."""
     router = replica_comes_while_home_gives_its_turn()
     router.slept(HOME)
-    hello(router, OTHER, AWAKE)
+    router.runtime(hello_of(OTHER, AWAKE))
     router.hello("code", facts(weights_bytes=2 * WEIGHTS))
     router.wait(60)
     before = len(router.all)
@@ -125,8 +120,8 @@ def test_what_a_restarted_router_finds_asleep_behind_the_new_home_is_ended_at_it
     """The target of a move that is awake speaks first; what the old home sleeps with is tried again elsewhere."""
     router = ByHand(config(model("chat"), devices=2, move_drain_s=20.0), epoch=2, hello=False)
     router.supervisor(SupervisorHello(alive=[HOME, OTHER]))
-    hello(router, OTHER, AWAKE)
-    hello(router, HOME, ASLEEP, "r1")
+    router.runtime(hello_of(OTHER, AWAKE))
+    router.runtime(hello_of(HOME, ASLEEP, "r1"))
     router.api(ApiHello(api="api", granted=[(RequestKey(RequestId("r1"), 1), HOME)]))
     assert (router.state("chat").runtime, roles(router)) == (OTHER, [(HOME, "leaving", "asleep")])
     assert of(router.wait(19), StopRuntime) == []
@@ -139,7 +134,7 @@ def test_runtime_that_sleeps_with_requests_is_not_kept_as_the_spare() -> None:
     """It was the home of an earlier router; a spare may sleep for ever."""
     router = ByHand(config(model("chat"), devices=2, move_drain_s=20.0, spares=True), epoch=2, hello=False)
     router.supervisor(SupervisorHello(alive=[HOME, OTHER]))
-    hello(router, HOME, ASLEEP)
-    hello(router, OTHER, ASLEEP, "r1")
+    router.runtime(hello_of(HOME, ASLEEP))
+    router.runtime(hello_of(OTHER, ASLEEP, "r1"))
     assert roles(router) == [(OTHER, "leaving", "asleep")]
     assert [stop.runtime for stop in of(router.wait(21), StopRuntime)] == [OTHER]
