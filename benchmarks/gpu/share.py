@@ -44,7 +44,7 @@ LONG_ANSWER = 340
 QUESTIONS = [Ask(seed=1 + n, tokens=tokens, new_tokens=24) for n, tokens in enumerate((6, 50, 400, 2000))]
 GAVE = (
     r"reclaim: gave (\d+) MiB back to neighbours in ([\d.]+) ms"
-    r"(?: \(chosen after ([\d.]+), unmapped after [\d.]+\))?, lost (\d+) cached tokens"
+    r" \(chosen after ([\d.]+), unmapped after [\d.]+\), lost (\d+) cached tokens"
 )
 RETRACTED = r"reclaim: (\d+) running requests wait again"
 GREW = r"grow: \d+ MiB more after ([\d.]+) ms"  # scheduler_side.py
@@ -136,8 +136,7 @@ def move_once(
         for gave, took, chosen, lost in victim.log_matches(GAVE, mark, wait_s=0.1):
             moves.gave_mib += float(gave)
             moves.given_in_ms.append(took)
-            if chosen:  # an older product does not tell
-                moves.chosen_after_ms.append(float(chosen))
+            moves.chosen_after_ms.append(float(chosen))
             moves.lost_tokens += float(lost)
         moves.retracted += sum(int(n) for (n,) in victim.log_matches(RETRACTED, mark, wait_s=0))
     moves.seconds.append(seconds)
