@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from prism_sgl.config import ServerConfig
 from prism_sgl.launch.errors_http import HttpError
@@ -145,7 +146,8 @@ class Gate:
             raise HttpError(
                 403,
                 "admin_only",
-                f"{call.path} is for operators: call it from the server's own host, or configure server.admin_keys",
+                f"{call.path} is for operators: call it from the server's own host as localhost, "
+                "or configure server.admin_keys",
             )
 
 
@@ -172,10 +174,27 @@ def _is_loopback(call: Call) -> bool:
         return False
     if call.client is None or any(name in call.headers for name in _PROXY_HEADERS):
         return False
-    try:
-        address = ipaddress.ip_address(call.client)
-    except ValueError:
+    if not _is_named_by_itself(call.headers.get(b"host", b"")):
         return False
+    address = _ip_address(call.client)
     # Listening on "::", 127.0.0.1 comes as ::ffff:127.0.0.1, which Python before 3.13 does not call loopback.
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    return address is not None and (mapped or address).is_loopback
+
+
+def _is_named_by_itself(host: bytes) -> bool:
+    """Whether the header names this host, an address, or nothing: any other name is somebody's whose DNS may have
+    been pointed here, so that pages from there are of the same site as we are (DNS rebinding)."""
+    try:
+        name = urlsplit(b"//" + host).hostname or b""
+    except ValueError:
+        return False
+    text = name.decode("latin-1")
+    return text in ("", "localhost", socket.gethostname().lower()) or _ip_address(text) is not None
+
+
+def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None

@@ -300,6 +300,10 @@ def test_pages_in_browsers_may_ask_models_but_not_operate(stack: Stack) -> None:
     assert stack.client.options("/api/v1/models/chat/sleep", headers=asked).status_code == 403
     image = {"sec-fetch-site": "cross-site"}  # which sends no Origin
     assert stack.client.get("/m/chat/flush_cache", headers=image).status_code == 403
+    rebound = {"host": "evil.example:8000", "sec-fetch-site": "same-origin"}  # its name leads here now
+    assert stack.client.get("/api/v1/models/chat/explain", headers=rebound).status_code == 403
+    for own in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", socket.gethostname()):
+        assert stack.client.get("/api/v1/models/chat/explain", headers={"host": own}).status_code == 200
     proxied = {"x-forwarded-for": "203.0.113.7"}
     assert stack.client.post("/m/chat/flush_cache", headers=proxied).status_code == 403
 
