@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import os
-import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from prism_sgl import addresses
 from prism_sgl.config import Config, DeviceConfig, ModelConfig, log_dir
-from prism_sgl.errors import ConfigError
 from prism_sgl.launch.run_dir import remove_listed
 from prism_sgl.messages import RuntimeId, RuntimeSpec
-
-KEPT_LOGS = 10  # of a model's runtimes that have ended
 
 
 @dataclass
@@ -60,34 +52,6 @@ def build_spec(
         log_level=config.server.log_level,
         weights_bytes=model.weights_bytes,
     )
-
-
-def make_log_dir(config: Config) -> None:
-    """Raises ConfigError if nothing can be written there."""
-    path = Path(log_dir(config))
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        problem = f'is "{path}", which cannot be written to ({error.strerror})'
-        remedy = "give a folder that this user may write to, or leave it out"
-        raise ConfigError("server.log_dir", problem, remedy, file=config.file) from None
-
-
-def begin_log(path: Path, living: Collection[Path]) -> None:
-    """Nothing of an earlier launch shall be in it; of its model's other logs the newest ``KEPT_LOGS`` stay.
-
-    ``living``: logs that runtimes write to.
-    """
-    of_model = glob.escape(path.name.rpartition("@")[0])
-    with contextlib.suppress(OSError):  # somebody else tidies up there too, or may write there and we may not
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.exists():
-            os.replace(path, f"{path}.old")
-        ended = set(path.parent.glob(f"{of_model}@*.log*")).difference(living)
-        for old in sorted(ended, key=lambda log: log.stat().st_mtime_ns, reverse=True)[KEPT_LOGS:]:
-            old.unlink(missing_ok=True)
 
 
 def remove_files(spec: RuntimeSpec) -> None:

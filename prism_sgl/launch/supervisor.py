@@ -23,13 +23,14 @@ from prism_sgl.launch.cards import check_cards
 from prism_sgl.launch.children import Child, start_child, why_ended
 from prism_sgl.launch.image_store import ImageStore
 from prism_sgl.launch.listen import listen
+from prism_sgl.launch.logs import begin_log, keep_logs_short, make_log_dir
 from prism_sgl.launch.nvml import ReadCards, read_cards
 from prism_sgl.launch.processes import end_sessions
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.readiness import Readiness
 from prism_sgl.launch.router_link import RouterLink
 from prism_sgl.launch.run_dir import RunDir
-from prism_sgl.launch.runtimes import Runtime, begin_log, build_spec, make_log_dir, remove_files
+from prism_sgl.launch.runtimes import Runtime, build_spec, remove_files
 from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import StandbyLink, private_environment, share_host
 from prism_sgl.launch.tasks import start_task
@@ -133,10 +134,11 @@ class Supervisor:
         )
         try:
             self._start()
-            ticker = start_task(self._tick(), self._fail)
+            tasks = [start_task(work, self._fail) for work in (self._tick(), keep_logs_short(self._logs))]
             await self._stop.wait()
             await self._stop_in_order()
-            ticker.cancel()
+            for task in tasks:
+                task.cancel()
         finally:
             for service in self._services:
                 service.drop()
@@ -218,6 +220,12 @@ class Supervisor:
     def _log(self, name: str) -> Path:
         return self._log_dir / f"{name}.log"
 
+    def _logs(self) -> list[Path]:
+        return [self._log(service.name) for service in self._services] + self._runtime_logs()
+
+    def _runtime_logs(self) -> list[Path]:
+        return [Path(runtime.spec.log_path) for runtime in self._runtimes.values()]
+
     # ------------------------------------------------------------ messages
 
     def _say_hello(self) -> None:
@@ -243,7 +251,7 @@ class Supervisor:
             return
         ledger_path = self._directory.ledger_path(device.name)
         spec = build_spec(self._config, wanted.runtime, model, device, self._directory.path, ledger_path)
-        begin_log(Path(spec.log_path), [Path(runtime.spec.log_path) for runtime in self._runtimes.values()])
+        begin_log(Path(spec.log_path), living=self._runtime_logs())
         self._runtimes[wanted.runtime] = Runtime(spec)
         self._progress.line(f"{wanted.runtime}: starts")
         self._progress.watch(spec.run_dir, wanted.runtime)

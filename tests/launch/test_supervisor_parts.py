@@ -24,7 +24,7 @@ from prism_sgl.launch.children import Child, start_child, why_ended
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import RunDir
-from prism_sgl.launch.runtimes import KEPT_LOGS, begin_log, build_spec
+from prism_sgl.launch.runtimes import build_spec
 from prism_sgl.launch.service import Service
 from prism_sgl.launch.standby import HostShare, StandbyLink, share_host
 from prism_sgl.launch.supervisor import run
@@ -90,23 +90,6 @@ def test_sglang_that_kills_itself_when_a_model_does_not_load_is_quoted(tmp_path:
         assert why_ended(code, log) == "EngineError: scheduler_0 is gone"
     assert why_ended(1, log, served=True) == "EngineError: scheduler_0 is gone"
     assert "dmesg" in why_ended(-signal.SIGKILL, log, served=True), "somebody else did that"
-
-
-def test_log_begins_empty_and_the_oldest_of_the_model_go(tmp_path: Path) -> None:
-    def log(number: int, model: str = "org_chat") -> Path:
-        path = tmp_path / f"rt-{model}@host0.1-{number}.log"
-        path.write_text("x")
-        os.utime(path, (number, number))
-        return path
-
-    logs = [log(number) for number in range(KEPT_LOGS + 3)]
-    stranger = log(0, "org_chatty")
-    begin_log(logs[-1], living=[logs[0]])
-    assert not logs[-1].exists()
-    assert Path(f"{logs[-1]}.old").exists()
-    gone = [path for path in logs[:-1] if not path.exists()]
-    assert gone == logs[1:3], "the living one stays, and the newest: that of the earlier launch and nine"
-    assert stranger.exists()
 
 
 def test_phases_are_printed_once_and_only_whole_lines(tmp_path: Path) -> None:
@@ -222,11 +205,6 @@ def test_process_that_cannot_be_watched_is_ended(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="too many open files"):
         asyncio.run(start())
     assert read_stat(pids[0]) is None
-
-
-def test_log_folder_that_is_gone_is_made_again(tmp_path: Path) -> None:
-    begin_log(tmp_path / "logs" / "rt-chat@host0.1.log", living=[])
-    assert (tmp_path / "logs").is_dir()
 
 
 def shares(
