@@ -156,10 +156,14 @@ class Activation:
             want.since, want.urgent, self._dirty = now, urgent, True
         if (
             state is AWAKE
-            and (self._wants or self._rooms.has_turns)
+            and (self._wants or self._rooms.has_turns or self._owes(model))
             and not is_busy(model.runtime, self._table)
         ):
             self._dirty = True
+
+    def _owes(self, model: Model) -> bool:
+        """Its device promised more than it has."""
+        return self._fleet.devices[model.runtime.device or ""].free_bytes < 0
 
     def run(self, now: float) -> None:
         """Make room and start or wake what now has it. Does nothing unless something that matters has changed."""
@@ -180,7 +184,7 @@ class Activation:
             self._serve(self._fleet.models[name], want, seen)
         self._mover.make_room(seen.pictures, now)
         if self._limits.spares and not self._wants:
-            self._mover.start_spare(seen.pictures, now)
+            self._look_at = min(self._look_at, self._mover.start_spare(seen.pictures, now))
         self._look_at = min(self._look_at, self._rooms.follow_turns(self._wants, now))
 
     def _serve(self, model: Model, want: _Want, seen: _Pass) -> None:

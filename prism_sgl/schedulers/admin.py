@@ -5,6 +5,7 @@ All are idempotent. An operator's sleep is not a ban: the model wakes again on i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,18 @@ from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.moves import Mover
-from prism_sgl.schedulers.records import ASLEEP, AWAKE, COLD, FAILED, STARTING, STOPPING, WAKING, Model, Role
+from prism_sgl.schedulers.records import (
+    ASLEEP,
+    AWAKE,
+    COLD,
+    DRAINING,
+    FAILED,
+    STARTING,
+    STOPPING,
+    WAKING,
+    Model,
+    Role,
+)
 from prism_sgl.schedulers.request_table import RequestTable
 
 _MOST_ASKS = 64  # a model; more is a script gone wild
@@ -67,6 +79,11 @@ class AdminDesk:
             case "wake" | "load":
                 self._lifecycle.forgive(model)
                 refusal = "is stopping" if model.runtime.state is STOPPING else None
+                if model.runtime.state is DRAINING and model.runtime.preempt_at == math.inf:
+                    # An operator's drain. One for a neighbour's turn goes on: it wakes in its own.
+                    self._lifecycle.call_off_drain(
+                        model.runtime, now, f"an operator asked for {message.verb}"
+                    )
             case "unload":
                 refusal = self._unload(model, now)
             case "move":

@@ -115,12 +115,12 @@ class Granter:
 
     def _missing_bytes(self, device: Device) -> int:
         """Of what those in flight may take at their height, the part that neither floors nor free memory give."""
-        wanted_bytes = sum(
+        device.wanted_kv_bytes = sum(
             self._over_floor_bytes(runtime, _HEIGHT)
             for runtime in device.residents.values()
             if runtime.mapped
         )
-        return wanted_bytes - max(0, device.free_bytes) if wanted_bytes else 0
+        return device.wanted_kv_bytes - max(0, device.free_bytes) if device.wanted_kv_bytes else 0
 
     def _over_floor_bytes(self, runtime: Runtime, height: float) -> int:
         if (facts := runtime.model.facts) is None:
@@ -160,11 +160,18 @@ class Granter:
                 order.held_back.update(lacking)
             elif not runtime.model.others or not self._is_better_elsewhere(runtime, request):
                 best = requests[0]
-        if best is None and order.stale and order.size:
-            # What is left in the order cannot run; what came after it may.
+        if best is None and order.stale and order.size and self._leaves_out_some(device, order):
             self._make(device, order, now)
             return self._next(device, now)
         return None if best is None else best[1]
+
+    def _leaves_out_some(self, device: Device, order: _Order) -> bool:
+        """All that an open runtime has to do came after the order was made. Of others the turn can wait: while nothing
+        may be granted each event would order all that is queued."""
+        return any(
+            self._table.queued(name) and not order.by_model.get(name) and self._is_open(runtime)
+            for name, runtime in device.residents.items()
+        )
 
     def _is_better_elsewhere(self, runtime: Runtime, request: Request) -> bool:
         """Another runtime of the model has less to do, and may take this request at once."""
@@ -217,7 +224,9 @@ class Granter:
         for other in device.residents.values():
             if other is not runtime and other.mapped:
                 room_bytes -= self._over_floor_bytes(other, 1.0)
-        room_bytes = max(facts.floor_bytes, min(room_bytes, facts.ceiling_bytes))
+        if (ceiling_bytes := runtime.most_kv_bytes) is not None:
+            room_bytes = min(room_bytes, ceiling_bytes)
+        room_bytes = max(facts.floor_bytes, room_bytes)
         tokens = self._table.kv_tokens(runtime.head.id) + request.kv_tokens
         return tokens * facts.kv_bytes_per_token <= room_bytes
 

@@ -30,6 +30,8 @@ LONGEST_BACKOFF_S = 60.0
 _HEALTHY_S = 60.0
 # The router knows that an answer is over before its last bytes have reached the api_server.
 _LAST_WORDS_S = 1.0
+# A spare that would not sleep, since it still ends what its client has left, is asked again.
+_REFUSED_S = 1.0
 
 
 class Lifecycle:
@@ -110,7 +112,11 @@ class Lifecycle:
         if runtime.role is Role.HOME:
             self.drain(runtime, now, why, keep_weights=True, preempt_at=preempt_at)
         else:
+            if runtime.role is Role.SPARE:
+                self._fleet.devices[runtime.device or ""].spare_taken_at = now
             self.retire(runtime, now, why)
+            if runtime.state is DRAINING:
+                runtime.preempt_at = preempt_at  # for the account: its memory is on its way to who asked
 
     def is_set_aside(self, runtime: Runtime) -> bool:
         """It sleeps with requests that go on when it wakes."""
@@ -129,7 +135,8 @@ class Lifecycle:
                 self._settle_drained(each, now)
 
     def _settle_drained(self, runtime: Runtime, now: float) -> None:
-        if runtime.role is Role.SPARE and runtime.state is AWAKE:
+        may_sleep = now >= runtime.refused_at + _REFUSED_S
+        if runtime.role is Role.SPARE and runtime.state is AWAKE and may_sleep:
             runtime.keep_weights = True  # as long as nobody wants their room, a burst is served here at once
             self._fleet.move(runtime, DRAINING, now, "sleeps here to be woken when it is wanted here")
         if runtime.role is Role.LEAVING:
@@ -166,12 +173,14 @@ class Lifecycle:
             ):
                 self.stop(runtime, now, f"still not drained after {self._drain_timeout_s:.0f} s")
 
-    def call_off_drain(self, runtime: Runtime, now: float) -> None:
-        """The room is no longer wanted. Only before Sleep was sent: that is answered first."""
+    def call_off_drain(
+        self, runtime: Runtime, now: float, why: str = "its memory is no longer wanted"
+    ) -> None:
+        """Only before Sleep was sent: that is answered first."""
         draining = [each for each in runtime.together if each.state is DRAINING]
         if all(each.sleep_sent_at is None for each in draining):
             for each in draining:
-                self._fleet.move(each, AWAKE, now, "its memory is no longer wanted")
+                self._fleet.move(each, AWAKE, now, why)
 
     def send_sleep(self, runtime: Runtime, now: float) -> None:
         assert runtime.id is not None

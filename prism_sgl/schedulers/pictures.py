@@ -48,12 +48,12 @@ def _reads(model: Model, fleet: Fleet) -> float:
 
 
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
-    facts, config = model.facts, model.config
+    config, ceiling_bytes = model.config, model.runtime.most_kv_bytes
     kv_bytes = _kv_bytes_per_token(model)
     pressure = placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s)
     # It presses a device with no more than it would get there.
-    if facts is not None and (held := _held_bytes(model, now)) > facts.ceiling_bytes:
-        pressure *= facts.ceiling_bytes / held
+    if ceiling_bytes is not None and (held := _held_bytes(model, now)) > ceiling_bytes:
+        pressure *= ceiling_bytes / held
     return Demand(
         model=model.name,
         weights_bytes=fleet.weights_bytes(model),
@@ -146,9 +146,18 @@ class Pictures:
         for runtime in device.residents.values():
             if runtime.state is STOPPING:
                 coming += runtime.charged_bytes
-            elif runtime.state is DRAINING:
+            elif runtime.state is DRAINING and self._ends_soon(runtime):
                 coming += self.gives_bytes(runtime)
         return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
+
+    def _ends_soon(self, runtime: Runtime) -> bool:
+        """Of one that drains. Without a time for its end, an operator's or the source of a move, it may take minutes:
+        others are not kept waiting for that."""
+        return (
+            runtime.sleep_sent_at is not None
+            or runtime.preempt_at < math.inf
+            or not self._table.running(runtime.head.id)
+        )
 
     def gives_bytes(self, runtime: Runtime) -> int:
         """What others get when it falls asleep."""

@@ -116,6 +116,15 @@ class Runtime:
     wanted_since: float | None = None  # it takes more KV than it gets since then
     weights_bytes: int = 0
     kv_bytes: int = 0
+    ceiling_bytes: int | None = None  # of its KV, as its Hello said
+    refused_at: float = -math.inf  # when it would not sleep
+
+    @property
+    def most_kv_bytes(self) -> int | None:
+        """What its device can give it; before its Hello what another runtime of the model has said of its own."""
+        if self.ceiling_bytes is None and self.model.facts is not None:
+            return self.model.facts.ceiling_bytes
+        return self.ceiling_bytes
 
     @property
     def serves(self) -> bool:
@@ -219,6 +228,8 @@ class Device:
     budget_bytes: int
     charged_bytes: int = 0
     residents: dict[str, Runtime] = field(default_factory=dict)  # by model
+    wanted_kv_bytes: int = 0  # what those in flight may take beyond floors, as of the last look at grants
+    spare_taken_at: float = -math.inf  # when a spare last gave way to somebody
 
     @property
     def free_bytes(self) -> int:

@@ -14,7 +14,7 @@ from prism_sgl.messages import (
 )
 from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
-from prism_sgl.schedulers.records import ASLEEP, AWAKE, DRAINING, STARTING, WAKING, Runtime
+from prism_sgl.schedulers.records import ASLEEP, AWAKE, DRAINING, STARTING, WAKING, Role, Runtime
 from prism_sgl.schedulers.request_table import RequestTable
 from prism_sgl.schedulers.requests import RequestDesk
 from prism_sgl.schedulers.supervisor import SupervisorDesk
@@ -60,6 +60,7 @@ class RuntimeDesk:
     def hello(self, runtime: Runtime, message: Hello, now: float) -> None:
         model = runtime.model
         self._fleet.learn(model, message.facts)
+        runtime.ceiling_bytes = message.facts.ceiling_bytes
         for key in message.running:
             if (request := self._table.get(key.request)) is not None:
                 if request.attempt == key.attempt and request.runtime == runtime.id:
@@ -91,7 +92,7 @@ class RuntimeDesk:
         if runtime.state is DRAINING and runtime.sleep_sent_at is not None:
             self._fleet.move(runtime, AWAKE, now, f"would not sleep: {message.reason}")
             # It was not idle: not asked again at once, as one that never served would be.
-            runtime.idle_since = runtime.awake_since = now
+            runtime.idle_since = runtime.awake_since = runtime.refused_at = now
             runtime.served = True
 
     def woke(self, runtime: Runtime, message: Woke, now: float) -> None:
@@ -127,6 +128,8 @@ class RuntimeDesk:
 
     def _compare(self, runtime: Runtime, told: RuntimeState, now: float) -> None:
         """Messages of one runtime stay in order, so its word and ours differ for long only if a frame was lost."""
+        if runtime.state is AWAKE and runtime.role is Role.SPARE:
+            self._fleet.touch(runtime.model)  # it would not sleep when it was told to
         if runtime.state is AWAKE and told is ASLEEP:
             self._fleet.move(runtime, DRAINING, now, "says that it sleeps")
             self._fleet.move(runtime, ASLEEP, now, "says that it sleeps")

@@ -85,12 +85,13 @@ class SupervisorDesk:
     def _exited(self, runtime: Runtime, message: RuntimeExited, now: float) -> None:
         model, is_home = runtime.model, runtime is runtime.model.runtime
         expected, reason = message.expected, message.whole_reason
+        was_told = runtime.state is STOPPING
         assert runtime.id is not None
         if expected or runtime.state is STOPPING:
             if is_home:
                 model.failure = ""
             self._fleet.exited(runtime, COLD, now, reason if expected else "stopped")
-        elif not is_home or _heir(model) is not None:
+        elif not is_home or _heir(model, was_told) is not None:
             self._fleet.exited(runtime, FAILED, now, reason)
         elif runtime.known:
             self._lifecycle.back_off(runtime, now)
@@ -99,7 +100,7 @@ class SupervisorDesk:
             model.failure, model.start_wanted = "", True  # its queue is kept: it was well before
         else:
             self._failed_to_load(runtime, reason, now)
-        if is_home and (heir := _heir(model)) is not None:
+        if is_home and (heir := _heir(model, was_told)) is not None:
             self._fleet.make_home(heir, f"the runtime on {runtime.device} is gone: {reason}")
             self._lifecycle.call_off_drain(heir, now)
         self._desk.lose(runtime.id, message.reason, now)
@@ -119,14 +120,16 @@ class SupervisorDesk:
         self._desk.refuse_all(model.lead, "model_failed", text, retry_s, now)
 
 
-def _heir(model: Model) -> Runtime | None:
+def _heir(model: Model, was_told: bool) -> Runtime | None:
     """Who is the model's home when that is gone: one that serves, then one that has hardly begun to leave, then one
-    that sleeps, or comes."""
+    that sleeps, or comes. Where the home was told to end (``was_told``), who leaves was told too."""
 
     def rank(runtime: Runtime) -> int | None:
         if runtime.serves:
             return 0
         if runtime.role is Role.LEAVING:
+            if was_told:
+                return None
             may_stay = runtime.state is DRAINING and runtime.sleep_sent_at is None
             return 1 if may_stay or (runtime.adopted and runtime.state is STARTING) else None
         if runtime.state is STOPPING or runtime.sleep_sent_at is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 from prism_sgl.messages import Finished, FirstToken, Grant, RequestId, Started
-from prism_sgl.schedulers import grants
+from prism_sgl.schedulers import dispatch, grants
+from prism_sgl.schedulers.records import Request
 from tests.schedulers.by_hand import MIB, ByHand, config, facts, granted, model, of
 
 
@@ -176,3 +178,24 @@ def test_aged_requests_take_turns_with_those_that_can_be_in_time(monkeypatch: py
     places = [place for place, request in enumerate(served) if request.startswith("old")]
     assert [served[place] for place in places] == [f"old{i}" for i in range(len(places))]
     assert all(after - before == 4 for before, after in itertools.pairwise(places)), served
+
+
+def test_what_nobody_may_be_granted_is_not_ordered_at_each_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 requests for a model whose window is full: long queues are ordered at intervals, here of 15 ms."""
+    router, orders = ByHand(config(model("chat"), max_queue=300)), []
+    router.hello("chat")
+
+    def order(waiting: list[Request], *args: Any, **keys: Any) -> list[Request]:
+        orders.append(len(waiting))
+        return original(waiting, *args, **keys)
+
+    original = dispatch.order
+    for number in range(10):
+        router.submit(f"r{number}")
+        router.first_token(f"r{number}")
+    monkeypatch.setattr(dispatch, "order", order)
+    for number in range(300):
+        assert granted(router.submit(f"q{number}")) == []
+    assert len(orders) <= 70, "each time up to 64 in the queue, as _ALWAYS_ORDER says, and no more"
+    router.now += 0.1
+    assert len(granted(router.finish("r0"))) == 1

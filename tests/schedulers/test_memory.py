@@ -27,6 +27,7 @@ from tests.schedulers.by_hand import (
     model,
     of,
     refusals,
+    replies,
     slept_models,
     started_models,
     woken_models,
@@ -321,6 +322,43 @@ def test_facts_larger_than_the_files_told_send_an_idle_model_to_sleep() -> None:
     router.hello("chat", facts(weights_bytes=400 * MIB))
     commands = router.hello("code", facts(weights_bytes=400 * MIB))
     assert len(of(commands, Sleep)) == 1
+
+
+def test_device_that_promised_too_much_is_even_once_somebody_is_idle() -> None:
+    router = ByHand(config(model("chat"), model("code"), budget_mib=520))
+    for name in ("chat", "code"):
+        router.submit(name, name)
+    for name in ("chat", "code"):
+        router.hello(name, facts(overhead_bytes=30 * MIB))
+        router.first_token(name, name)
+    router.now += 5
+    assert slept_models(router.all) == []
+    assert slept_models(router.finish("chat", "chat")) == ["chat"]
+
+
+def test_drain_without_an_end_keeps_nobody_waiting() -> None:
+    """``chat`` is drained by an operator in the middle of an answer: who wants memory asks the idle one for it."""
+    router = ByHand(config(model("chat"), model("idle"), model("want", preload=False)))
+    router.start_all()
+    for name in ("idle", "chat"):
+        router.submit(name, name)
+        router.first_token(name, name)
+    router.finish("idle", "idle")
+    router.now += 5
+    assert replies(router.admin("drain")) == []
+    assert slept_models(router.submit("r1", "want")) == ["idle"]
+
+
+def test_operators_wake_calls_an_operators_drain_off() -> None:
+    router = ByHand(config(model("chat")))
+    router.start_all()
+    router.submit("r1")
+    router.first_token("r1")
+    router.admin("drain", ask="drain")
+    assert granted(router.submit("r2")) == []
+    commands = router.admin("wake", ask="wake")
+    assert replies(commands) == [("drain", 409), ("wake", 200)]
+    assert granted(commands) == ["r2"]
 
 
 def test_small_model_does_not_take_what_an_overdue_big_one_waits_for() -> None:

@@ -11,12 +11,14 @@ from prism_sgl.messages import (
     FirstToken,
     Grant,
     Hello,
+    Load,
     Lost,
     RequestId,
     RuntimeExited,
     RuntimeId,
     RuntimeState,
     Sleep,
+    SleepRefused,
     StartRuntime,
     StopRuntime,
     SupervisorHello,
@@ -456,6 +458,91 @@ def test_spare_gives_its_memory_when_idle_models_have_none_to_give() -> None:
     commands = router.submit("r1", "big")
     assert stopped(commands) == [spare]
     assert started_models(exit_of(router, spare, expected=True)) == ["big"]
+
+
+def beside_busy() -> tuple[ByHand, RuntimeId]:
+    """``chat``'s spare holds 40 MiB of host1, where ``busy`` has 64 KiB a token and 410 MiB are free beside both."""
+    models = model("chat"), model("busy", devices=("host1",))
+    router = ByHand(config(*models, budget_mib=700, devices=2, spares=True))
+    router.hello("busy", facts(kv_bytes_per_token=65536, ceiling_bytes=450 * MIB))
+    router.hello("chat")
+    [spare] = [start.runtime for start in of(router.all, StartRuntime)][2:]
+    router.runtime(hello_of(spare, known=facts(overhead_bytes=40 * MIB)))
+    router.slept(spare)
+    router.now += 5
+    return router, spare
+
+
+def ask_busy(router: ByHand, count: int) -> None:
+    """Each holds 125 MiB on average, 188 at its height; 50 are the floor of all."""
+    for number in range(count):
+        assert granted(router.submit(f"b{number}", "busy", prompt_tokens=2000)) == [f"b{number}"]
+        router.first_token(f"b{number}", "busy")
+
+
+def test_spare_that_gave_way_to_kv_is_started_again_when_a_window_has_passed() -> None:
+    router, spare = beside_busy()
+    ask_busy(router, 3)
+    assert stopped(router.all) == [spare]
+    assert exit_of(router, spare, expected=True) == []
+    for number in range(3):
+        assert started_models(router.finish(f"b{number}", "busy")) == []
+    assert started_models(router.wait(59)) == []
+    assert started_models(router.wait(65)) == ["chat"]
+
+
+def test_no_spare_starts_in_room_that_requests_will_take() -> None:
+    router, spare = beside_busy()
+    ask_busy(router, 2)
+    assert stopped(router.all) == []
+    exit_of(router, spare)
+    assert started_models(router.wait(300)) == [], "it needs 290 MiB; of 450 that are free those two take 325"
+    for number in range(2):
+        router.finish(f"b{number}", "busy")
+    assert started_models(router.wait(61)) == ["chat"]
+
+
+def test_spare_that_would_not_sleep_is_asked_again_later() -> None:
+    router, spare = with_spare()
+    move(router)
+    router.runtime(Woke(runtime=spare, seconds=0.3))
+    refused = SleepRefused(runtime=OLD, reason="requests are being answered")
+    [sleep] = of(router.all, Sleep)[1:]
+    assert sleep.runtime == OLD, "the old home is the spare now"
+    assert of(router.runtime(refused), Sleep) == []
+    beat = Load(
+        runtime=OLD, state=RuntimeState.AWAKE, weights_bytes=0, kv_bytes=0, wanted_bytes=0, in_flight=0
+    )
+    assert of(router.runtime(beat), Sleep) == []
+    router.now += 1.1
+    assert [sleep.runtime for sleep in of(router.runtime(beat), Sleep)] == [OLD]
+
+
+def test_what_a_spare_on_a_smaller_device_may_hold_does_not_bind_the_home() -> None:
+    router = ByHand(config(model("chat"), devices=2, budget_mib=700, spares=True))
+    router.hello("chat", facts(kv_bytes_per_token=65536, ceiling_bytes=450 * MIB))
+    [spare] = [start.runtime for start in of(router.all, StartRuntime)][1:]
+    router.runtime(hello_of(spare, known=facts(kv_bytes_per_token=65536, ceiling_bytes=60 * MIB)))
+    router.slept(spare)
+    router.submit("r1", prompt_tokens=2000)
+    router.first_token("r1")
+    assert granted(router.submit("r2", prompt_tokens=2000)) == ["r2"], "250 MiB of 450 for both, not of 60"
+
+
+def test_unload_just_after_a_move_ends_what_leaves_too() -> None:
+    router = two_devices()
+    router.submit("r1")
+    router.first_token("r1")
+    move(router)
+    hello(router, NEW)
+    router.now += 5
+    router.runtime(
+        Finished(runtime=OLD, request=RequestId("r1"), attempt=1, outcome="ok", status=200, total_s=5.0)
+    )
+    assert replies(router.admin("unload", ask="b")) == []
+    exit_of(router, NEW, expected=True)
+    assert stopped(router.wait(2.0))[-1] == OLD, "its last words are out"
+    assert replies(exit_of(router, OLD, expected=True)) == [("b", 200)]
 
 
 def test_unload_ends_the_spare_too_and_sleep_keeps_it() -> None:
