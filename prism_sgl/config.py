@@ -15,8 +15,9 @@ import msgspec
 
 from prism_sgl import machine
 from prism_sgl.config_cards import ORDER, VISIBLE
-from prism_sgl.config_checks import check_devices, check_fit, check_names, check_socket_names
+from prism_sgl.config_checks import check_devices, check_fit, check_names, check_runtime_names
 from prism_sgl.config_table import Table, keys_of, read_toml, show_value
+from prism_sgl.errors import ConfigError
 from prism_sgl.model_files import ModelFacts, read_cached_facts, read_facts
 from prism_sgl.units import GRANULE_BYTES, round_down
 
@@ -37,7 +38,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_queue: int = 1024  # held requests a model; one more is 429
     activation_timeout_s: float = 600.0  # a held request waits at most this long for its model: 503
     drain_timeout_s: float = 30.0  # ordered stop
-    run_dir: str = ""  # default: prism_sgl-<uid>-<port> below XDG_RUNTIME_DIR or /tmp
+    run_dir: str = ""  # load() fills in the default (_default_run_dir)
     log_dir: str = ""  # default: <run_dir>/logs
     log_level: str = "info"
 
@@ -117,22 +118,38 @@ def load(path: str | Path) -> Config:
     check_names(config)
     check_devices(config)
     check_fit(config)
-    check_socket_names(config, run_dir(config))
+    check_runtime_names(config)
     return config
 
 
-def run_dir(config: Config) -> str:
-    """The private folder of this instance: as configured, or by user and port."""
-    if config.server.run_dir:
-        return config.server.run_dir
+def save(config: Config, path: Path) -> None:
+    """For ``restore`` in processes that start again: as read and checked, with what the models' files told then."""
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # it has api_keys
+        file.write(msgspec.json.encode(config))
+
+
+def restore(path: str | Path) -> Config:
+    """What ``save`` has written. Reads no other file. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Config)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        problem = f"is not a configuration that this version has written ({error})"
+    remedy = "start the whole server again, which writes it anew"
+    raise ConfigError("the file", problem, remedy, file=str(path))
+
+
+def _default_run_dir(port: int) -> str:
+    # logind removes XDG_RUNTIME_DIR at a user's last logout, under a server that runs on, unless the user lingers.
     base = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not os.path.isdir(base):
-        base = "/tmp"
-    return f"{base}/prism_sgl-{os.getuid()}-{config.server.port}"
+    if not os.path.isdir(base) or not machine.user_lingers():
+        base = "/tmp"  # not TMPDIR: what a killed instance left is found from any shell, and sockets have short names
+    return f"{base}/prism_sgl-{os.getuid()}-{port}"
 
 
 def log_dir(config: Config) -> str:
-    return config.server.log_dir or f"{run_dir(config)}/logs"
+    return config.server.log_dir or f"{config.server.run_dir}/logs"
 
 
 def cuda_environment() -> dict[str, str]:
@@ -152,9 +169,10 @@ def _section(root: Table, key: str, struct: type[msgspec.Struct]) -> Table:
 
 def _server(table: Table) -> ServerConfig:
     default = ServerConfig()
+    port = table.integer("port", default.port, 1, 65535)
     return ServerConfig(
         host=table.text("host", default.host, example='"127.0.0.1"'),
-        port=table.integer("port", default.port, 1, 65535),
+        port=port,
         api_keys=table.texts("api_keys", example='["a-long-secret"]', secret=True),
         admin_keys=table.texts("admin_keys", example='["another-secret"]', secret=True),
         max_body_bytes=table.size("max_body", default.max_body_bytes, example="32MiB", low=1024),
@@ -163,7 +181,8 @@ def _server(table: Table) -> ServerConfig:
             "activation_timeout", default.activation_timeout_s, example="10m"
         ),
         drain_timeout_s=table.duration("drain_timeout", default.drain_timeout_s, example="30s"),
-        run_dir=_path(table.text("run_dir", default.run_dir, example='"/run/prism_sgl"')),
+        run_dir=_path(table.text("run_dir", default.run_dir, example='"/run/prism_sgl"'))
+        or _default_run_dir(port),
         log_dir=_path(table.text("log_dir", default.log_dir, example='"/var/log/prism_sgl"')),
         log_level=table.text(
             "log_level", default.log_level, example='"info"', choices=("debug", "info", "warning", "error")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
 _DEVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path without its closing zero
+# A runtime is an owner in its device's ledger, and so long are the names there (allocator/ledger_table.py).
+_MAX_RUNTIME_ID_BYTES = 64
+# Routers of an instance, and the starts of one router (schedulers/lifecycle.py): months of failures and moves.
+_LATE_START = "99-99999"
 # Ours to set; each has a key of its own, or none because it would make the budget untrue.
 _OWN_ENGINE_ARGS = {
     "model": "path",
@@ -227,16 +231,22 @@ def _check_kv(config: Config, model: ModelConfig) -> None:
         _fail(config, f"models.{model.name}.min_kv", problem, "lower it or raise max_kv")
 
 
-def check_socket_names(config: Config, run_dir: str) -> None:
-    """Unix sockets have short names, and bind() would fail long after the start."""
+def check_runtime_names(config: Config) -> None:
+    """Owners of a ledger and Unix sockets have short names, and an engine would fail long after the start."""
     for model in config.models.values():
-        for device in config.devices:
-            runtime = RuntimeId(f"{model.name}@{device.name}.999999")
-            path = addresses.runtime_requests(run_dir, runtime).removeprefix("ipc://")
-            if (excess := len(path.encode()) - _MAX_SOCKET_PATH_BYTES) > 0:
-                problem = (
-                    f"makes a socket name of {len(path.encode())} bytes for {model.name}: {excess} too many"
-                )
+        for device in allowed_devices(config, model):
+            runtime = RuntimeId(f"{model.name}@{device.name}.{_LATE_START}")
+            if (excess := len(runtime.encode()) - _MAX_RUNTIME_ID_BYTES) > 0:
+                problem = f"makes names of {len(runtime.encode())} bytes, as {runtime}: {excess} too many"
+                remedy = f"give it a shorter one and this one as alias, or {device.name} a shorter one"
+                _fail(config, f"models.{model.name}", problem, remedy)
+            sockets = (
+                addresses.runtime_requests(config.server.run_dir, runtime).removeprefix("ipc://"),
+                addresses.first_tokens(config.server.run_dir, runtime),
+            )
+            longest = max(len(path.encode()) for path in sockets)
+            if (excess := longest - _MAX_SOCKET_PATH_BYTES) > 0:
+                problem = f"makes a socket name of {longest} bytes for {model.name}: {excess} too many"
                 _fail(config, "server.run_dir", problem, "give a shorter folder, or shorter names")
 
 

@@ -1,8 +1,12 @@
-"""What this machine has, read from /proc: no driver call, no command, so that it costs nothing to ask."""
+"""What this machine has, read from its files: no driver call, no command, so that it costs nothing to ask."""
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
+
+LINGER_FOLDER = Path("/var/lib/systemd/linger")
 
 
 def memory_bytes() -> int:
@@ -19,3 +23,11 @@ def num_gpus() -> int:
         return sum(1 for _ in Path("/proc/driver/nvidia/gpus").iterdir())
     except OSError:
         return 0
+
+
+def user_lingers() -> bool:
+    """systemd keeps what belongs to this user when the last session ends (``loginctl enable-linger``)."""
+    try:
+        return (LINGER_FOLDER / pwd.getpwuid(os.getuid()).pw_name).exists()
+    except (KeyError, OSError):  # a user without a name, as in containers
+        return False

@@ -212,6 +212,8 @@ def build_app(holds: Holds, model: str) -> Starlette:
         yield b"second"
 
     async def model_info(request: Request) -> Response:
+        if await _held(request, dict(request.query_params)):
+            return Response(status_code=499)
         return JSONResponse({"model_path": f"/models/{model}", "is_generation": True})
 
     return Starlette(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 from pathlib import Path
 
 import pytest
 
 from prism_sgl import config_table, machine
+from prism_sgl.allocator.ledger import Ledger
 from prism_sgl.config import (
     Config,
     DeviceConfig,
@@ -18,6 +21,9 @@ from prism_sgl.config import (
     ServerConfig,
     Slo,
     load,
+    log_dir,
+    restore,
+    save,
 )
 from prism_sgl.errors import EXIT_CONFIG, ConfigError
 from tests.model_folders import write_model
@@ -94,7 +100,7 @@ def test_the_file_of_the_readme(tmp_path: Path, model: Path) -> None:
 
 def test_all_that_is_not_given_has_a_default(tmp_path: Path, model: Path) -> None:
     config = read(tmp_path, HOST + CHAT)
-    assert config.server == ServerConfig()
+    assert config.server == ServerConfig(run_dir=config.server.run_dir)
     assert config.memory == MemoryConfig()
     assert config.scheduler == SchedulerConfig()
 
@@ -323,8 +329,12 @@ ERRORS = {
         "line 1, column 8 is not TOML (Expected ']' at the end of a table declaration); correct it there"
     ),
     '[server]\nrun_dir = "/' + "x" * 90 + '"\n' + HOST + CHAT: (
-        "server.run_dir makes a socket name of 117 bytes for chat: 10 too many; "
+        "server.run_dir makes a socket name of 120 bytes for chat: 13 too many; "
         "give a shorter folder, or shorter names"
+    ),
+    HOST + CHAT.replace("chat", '"' + "x" * 50 + '"'): (
+        f"models.{'x' * 50} makes names of 65 bytes, as {'x' * 50}@host0.99-99999: 1 too many; "
+        "give it a shorter one and this one as alias, or host0 a shorter one"
     ),
 }
 
@@ -360,7 +370,7 @@ def test_example_file_loads_and_names_every_key(tmp_path: Path, model: Path) -> 
     file = tmp_path / "example.toml"
     file.write_text(text.replace("~/.cache/prism_sgl/models/smollm2", str(model)))
     config = load(file)
-    assert config.server == ServerConfig()
+    assert config.server == ServerConfig(run_dir=config.server.run_dir)
     assert config.memory == MemoryConfig()
     assert config.scheduler == SchedulerConfig()
     words = {line.removeprefix("# ").split(" = ")[0].strip() for line in text.splitlines()}
@@ -453,3 +463,94 @@ def test_models_sleep_on_a_second_card_too_unless_told_otherwise(tmp_path: Path,
     assert read(tmp_path, card(0) + card(1) + CHAT).scheduler.spares
     assert not read(tmp_path, "[scheduler]\nspares = false\n" + card(0) + card(1) + CHAT).scheduler.spares
     assert not read(tmp_path, HOST + HOST.replace("host0", "host1") + CHAT).scheduler.spares
+
+
+def test_name_that_is_just_right_can_own_a_part_of_the_ledger(tmp_path: Path, model: Path) -> None:
+    """Also after very many starts: the check stands for a limit that lies elsewhere."""
+    read(tmp_path, HOST + CHAT.replace("chat", '"' + "x" * 49 + '"'))
+    with Ledger.create(str(tmp_path / "ledger"), 16 << 20, "host0") as ledger:
+        ledger.join(f"{'x' * 49}@host0.99-99999", floor=0, ceiling=1, priority=0, bell="").leave()
+
+
+def test_the_longest_socket_of_an_engine_is_measured(tmp_path: Path, model: Path) -> None:
+    folder, name = "/" + "r" * 77, "/rt-chat@host0.99-99999.first"
+    assert len(folder + name) == 107, "as long as the kernel takes"
+    read(tmp_path, f'[server]\nrun_dir = "{folder}"\n' + HOST + CHAT)
+    assert "of 108 bytes for chat: 1 too many" in error(
+        tmp_path, f'[server]\nrun_dir = "{folder}r"\n' + HOST + CHAT
+    )
+
+
+def test_model_that_cannot_come_to_a_device_of_a_long_name_may_have_one_itself(
+    tmp_path: Path, model: Path
+) -> None:
+    hosts = HOST + HOST.replace("host0", "h" * 20)
+    chat = CHAT.replace("chat", '"' + "x" * 40 + '"')
+    assert "or hhhhhhhhhhhhhhhhhhhh a shorter one" in error(tmp_path, hosts + chat)
+    read(tmp_path, hosts + chat + 'devices = ["host0"]\n')
+
+
+def test_run_dir_is_where_logind_removes_nothing(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes XDG_RUNTIME_DIR at the last logout of a user who does not linger."""
+    lingering = tmp_path / pwd.getpwuid(os.getuid()).pw_name
+    name = f"prism_sgl-{os.getuid()}-30000"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/var")  # short: sockets live below it
+    monkeypatch.setattr(machine, "LINGER_FOLDER", tmp_path)
+    assert read(tmp_path, HOST + CHAT).server.run_dir == f"/tmp/{name}"
+    lingering.touch()
+    config = read(tmp_path, HOST + CHAT)
+    assert config.server.run_dir == f"/var/{name}"
+    lingering.unlink()
+    assert log_dir(config) == f"/var/{name}/logs", "wherever else it would lie by now"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert read(tmp_path, HOST + CHAT).server.run_dir == f"/tmp/{name}"
+
+
+def test_saved_configuration_needs_no_other_file(tmp_path: Path, model: Path) -> None:
+    text = """
+        [server]
+        api_keys = ["k"]
+        drain_timeout = "1.5s"
+        [models.chat]
+        path = "MODEL"
+        aliases = ["c"]
+        priority = 3
+        slo = { ttft_ms = 1500 }
+        devices = ["host0"]
+        engine_args = { context_length = 100, rope = { factor = 2.5, on = true }, list = [1, "a"] }
+        """
+    config = read(tmp_path, HOST + text)
+    saved = tmp_path / "saved"
+    save(config, saved)
+    assert saved.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(model)
+    (tmp_path / "models.toml").unlink()
+    assert restore(saved) == config
+    assert config.models["chat"].weights_bytes == 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"{", "is not a configuration that this version has written (Input data was truncated)"),
+        (b'"\xff"', "is not a configuration that this version has written ("),
+        (
+            b'{"newer": 1}',
+            "is not a configuration that this version has written (Object contains unknown field",
+        ),
+    ],
+)
+def test_saved_configuration_that_is_none_is_one_line_with_a_remedy(
+    tmp_path: Path, text: bytes | None, problem: str
+) -> None:
+    file = tmp_path / "saved"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        restore(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: the file {problem}") and "\n" not in message
+    assert message.endswith("; start the whole server again, which writes it anew")

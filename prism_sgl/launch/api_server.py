@@ -1,6 +1,7 @@
 """The HTTP side: takes any SGLang or OpenAI request, keeps its body, and relays the answer of a runtime.
 
 ``python -m prism_sgl.launch.api_server --config FILE --run-dir DIR [--fd N] [--ledgers DEVICE=PATH,...]``
+FILE: as config.save() has written it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import uvicorn
 import uvloop
 from uvicorn._types import ASGIApplication
 
-from prism_sgl.config import Config, load
+from prism_sgl.config import Config, restore
 from prism_sgl.launch.answers import Answers
 from prism_sgl.launch.forwarding import Forwarder
 from prism_sgl.launch.front import Front
+from prism_sgl.launch.http1 import Http1Protocol
 from prism_sgl.launch.ledger_reader import LedgerReader, parse_ledgers
 from prism_sgl.launch.listen import listen
 from prism_sgl.launch.metrics import Metrics
@@ -66,6 +68,7 @@ async def run_api_server(config: Config, run_dir: str, listener: socket.socket, 
         uvicorn.Config(
             cast(ASGIApplication, front),
             loop="none",
+            http=Http1Protocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, help="a listening socket that was inherited")
     parser.add_argument("--ledgers", default="", metavar="DEVICE=PATH,...")
     given = parser.parse_args()
-    config = load(given.config)
+    config = restore(given.config)
     level = config.server.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))

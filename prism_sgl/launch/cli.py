@@ -14,7 +14,7 @@ from rich.table import Table
 from prism_sgl import config
 from prism_sgl.errors import EXIT_FAILURE, EXIT_OK, EXIT_TEMPFAIL, EXIT_UNAVAILABLE, PrismError
 from prism_sgl.launch.__main__ import main as launch
-from prism_sgl.launch.http_url import is_url
+from prism_sgl.launch.http_url import is_loopback, is_url
 from prism_sgl.launch.replay.commands import plan, replay
 from prism_sgl.units import show_size
 
@@ -63,7 +63,12 @@ def cli(context: click.Context, host: str | None, key: str | None) -> None:
             raise click.UsageError(
                 f"--host (or PRISM_HOST) {host!r} is no address, e.g. 127.0.0.1:30000 or [::1]:30000"
             )
-        return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0))
+        return httpx.Client(
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            trust_env=not is_loopback(url),
+        )
 
     context.obj = client
 

@@ -91,6 +91,11 @@ class Exchange:
         return RequestKey(self.id, self.attempt)
 
     @property
+    def waited_s(self) -> float:
+        """For its grant; until now, if it has none."""
+        return self.queued_s if self.runtime is not None else time.monotonic() - self.arrived
+
+    @property
     def may_retry(self) -> bool:
         return not self.sent and self.attempt == 1
 

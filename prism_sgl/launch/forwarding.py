@@ -52,6 +52,8 @@ _BEAT_S = 0.5
 _PING_EVERY_BEATS = 4
 _CREDIT_STEP = WINDOW_CHUNKS // 2
 _ROUTER_SILENT_S = 3.0
+_ROUTER_LEARNS_S = 3.0  # a new one asks the supervisor once a second what is alive
+_NO_CONNECTION_RETRY_S = 5.0
 
 
 @dataclass
@@ -59,6 +61,7 @@ class _Link:
     """The socket to one runtime, and what is under way there."""
 
     socket: FrameSocket
+    epoch: int = 0  # of the last router that named this runtime
     exchanges: dict[RequestId, Exchange] = field(default_factory=dict)
     pinged: list[RequestKey] = field(
         default_factory=list
@@ -78,6 +81,7 @@ class Forwarder:
         self.retried = 0
         self.status: Status | None = None
         self._status_at = 0.0
+        self._epoch_since = 0.0
         self._run_dir = run_dir
         self._on_status = on_status
         self._exchanges: dict[RequestId, Exchange] = {}
@@ -122,7 +126,13 @@ class Forwarder:
         """Send it off. The front calls this only for what needs no grant."""
         self._exchanges[exchange.id] = exchange
         exchange.runtime = runtime
-        link = self._links.get(runtime) or self._connect(runtime)
+        try:
+            link = self._links.get(runtime) or self._connect(runtime)
+        except zmq.ZMQError as error:  # too many open files
+            self.drop(exchange)
+            message = f"the api_server cannot connect to the engine of {exchange.model} ({error}); try later"
+            exchange.fail(HttpError(503, "no_connection", message, retry_after_s=_NO_CONNECTION_RETRY_S))
+            return
         link.exchanges[exchange.id] = exchange
         link.socket.send((encode(exchange.forward()), exchange.body))
 
@@ -219,12 +229,18 @@ class Forwarder:
             )
 
     def _take_status(self, status: Status) -> None:
-        self.status, self._status_at = status, time.monotonic()
+        now = time.monotonic()
+        if self.status is None or self.status.epoch != status.epoch:
+            self._epoch_since = now
+        self.status, self._status_at = status, now
         living = {model.runtime for model in status.models}
         living |= {other.runtime for model in status.models for other in model.others}
         for runtime, link in list(self._links.items()):
             if runtime in living:
+                link.epoch = status.epoch
                 continue
+            if link.epoch != status.epoch and now - self._epoch_since < _ROUTER_LEARNS_S:
+                continue  # the router is new, and has not heard of it yet
             # The router does not know of what needs no grant, so it does not tell that those are lost.
             for exchange in [e for e in link.exchanges.values() if not e.counted]:
                 self._lost(exchange, f"{runtime} is gone")

@@ -30,7 +30,6 @@ _READABLE: Headers = [(b"access-control-allow-origin", b"*")]
 _CORS: Headers = [
     *_READABLE,
     (b"access-control-allow-methods", b"GET, POST, PUT"),
-    (b"access-control-allow-headers", b"*"),
     (b"access-control-max-age", b"600"),
 ]
 
@@ -194,7 +193,7 @@ class Front:
             if exchange.counted:
                 duration_s = time.monotonic() - began
                 self._metrics.answered(
-                    exchange.model, ttft_s=ttft_s, queue_s=exchange.queued_s, duration_s=duration_s
+                    exchange.model, ttft_s=ttft_s, queue_s=exchange.waited_s, duration_s=duration_s
                 )
 
 
@@ -258,5 +257,7 @@ async def _preflight(call: Call, send: Send) -> str:
     route, _ = find(method, call.path)
     if route.kind in (Kind.ADMIN, Kind.REFUSED):
         raise HttpError(403, "admin_only", f"{call.path} is not for pages in browsers")
-    await answer(send, 200, b"", headers=_CORS)
+    # Those that were asked for, by name: browsers do not count Authorization as a part of "*".
+    asked = call.headers.get(b"access-control-request-headers", b"authorization, *")
+    await answer(send, 200, b"", headers=[*_CORS, (b"access-control-allow-headers", asked)])
     return "200"

@@ -18,7 +18,7 @@ from prism_sgl.config import Config, log_dir
 from prism_sgl.errors import ConfigError
 
 KEPT_LOGS = 10  # of a model's runtimes that have ended
-# By default logs lie in the run directory, which is memory. A busy engine writes some 10 KB/s.
+# By default logs lie in the run directory, which may be memory. A busy engine writes some 10 KB/s.
 MAX_LOG_BYTES = 16 << 20
 _LOOK_EVERY_S = 10.0
 

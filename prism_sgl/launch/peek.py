@@ -29,6 +29,7 @@ _SLO_HEADERS = {
     "tpot": (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms"),
 }
 _LONGEST_SLO_MS = 86_400_000.0
+_ANTHROPIC_TIER = "standard_only"  # its other one is "auto", as OpenAI's
 _SHOWN_CHARS = 40  # of a wrong value
 
 
@@ -134,6 +135,8 @@ def _seconds(slo: str, headers: Mapping[bytes, bytes]) -> float | None:
 def _tier(value: object) -> str:
     if value is None:
         return ""
+    if value == _ANTHROPIC_TIER:
+        return "default"
     if isinstance(value, str) and value in TIERS:
         return value
     message = f"service_tier is {_shown(value)}; give one of {', '.join(TIERS)}, or leave it out"

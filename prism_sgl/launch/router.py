@@ -1,6 +1,6 @@
 """The router process: carries events to the Controller and its commands out, and decides nothing itself.
 
-``python -m prism_sgl.launch.router --config FILE --run-dir DIR``
+``python -m prism_sgl.launch.router --config FILE --run-dir DIR``; FILE as config.save() has written it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import uvloop
 import zmq
 
 from prism_sgl import addresses
-from prism_sgl.config import Config, load
+from prism_sgl.config import Config, restore
 from prism_sgl.frame_socket import FrameSocket
 from prism_sgl.messages import (
     DECODE_ERRORS,
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--run-dir", required=True, metavar="DIR")
     given = parser.parse_args()
-    config = load(given.config)
+    config = restore(given.config)
     logging.basicConfig(
         level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

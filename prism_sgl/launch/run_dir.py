@@ -34,6 +34,7 @@ class RunDir:
         self._sessions: dict[int, str] = {}  # pid of the leader -> its name
         self._is_written = True
         self._lock_fd = -1
+        self._folder_fd = -1
 
     def acquire(self) -> None:
         """Make it ours. Raises if another instance lives in it, others may enter it, or it holds what is not ours."""
@@ -61,6 +62,9 @@ class RunDir:
             os.close(self._lock_fd)
         if os.pread(self._lock_fd, len(_MARK) + 1, 0) != _MARK:
             self._mark()
+        # Below /tmp, systemd-tmpfiles removes what is old, but nothing in a folder that is locked (tmpfiles.d(5)).
+        self._folder_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fcntl.flock(self._folder_fd, fcntl.LOCK_SH)
         self._sweep()
         for folder in ("tmp", "logs"):
             (self.path / folder).mkdir(mode=0o700)
@@ -84,15 +88,24 @@ class RunDir:
 
     def remove(self) -> None:
         """The ledgers and the folder. The lock goes last: until then nobody else begins here."""
-        for listing in self.path.glob("*.shm"):
-            remove_listed(listing)
         self._remove_ledgers()
-        self._remove_files()
-        (self.path / "lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # without the lock it may be the next instance's already
-            self.path.rmdir()
+        if self._is_still_there():
+            for listing in self.path.glob("*.shm"):
+                remove_listed(listing)
+            self._remove_files()
+            (self.path / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # without the lock it may be the next instance's already
+                self.path.rmdir()
+        os.close(self._folder_fd)
         os.close(self._lock_fd)
-        self._lock_fd = -1
+        self._folder_fd = self._lock_fd = -1
+
+    def _is_still_there(self) -> bool:
+        """Not if somebody has removed the folder while we served; what is there now may be another instance's."""
+        try:
+            return os.path.samestat(os.fstat(self._folder_fd), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _make(self) -> None:
         try:

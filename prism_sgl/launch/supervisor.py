@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TextIO
 
 from prism_sgl.allocator.ledger import Ledger
-from prism_sgl.config import Config, DeviceConfig, cuda_environment, log_dir, run_dir
+from prism_sgl.config import Config, DeviceConfig, cuda_environment, log_dir, save
 from prism_sgl.errors import EXIT_OK, describe_exit
 from prism_sgl.launch.cards import check_cards
 from prism_sgl.launch.children import Child, start_child, why_ended
+from prism_sgl.launch.descriptors import raise_descriptor_limit
 from prism_sgl.launch.image_store import ImageStore
 from prism_sgl.launch.listen import listen
 from prism_sgl.launch.logs import begin_log, keep_logs_short, make_log_dir
@@ -71,9 +72,10 @@ def run(
     read_cards: ReadCards = read_cards,
 ) -> int:
     """Serve until SIGINT or SIGTERM. Raises ConfigError or PortInUseError before anything is started."""
+    raise_descriptor_limit()
     with listen(config.server.host, config.server.port, file=config.file) as listener:
         progress = Progress(out)
-        directory = RunDir(run_dir(config), config.server.port, progress.line)
+        directory = RunDir(config.server.run_dir, config.server.port, progress.line)
         directory.acquire()
         try:
             make_log_dir(config)
@@ -164,16 +166,15 @@ class Supervisor:
         )
         for left in directory.swept:
             self._progress.line(f"removed {left}, left by an instance that was killed")
-        # A copy, so that a router that starts again reads what this instance was started with.
-        snapshot = directory.path / "models.toml"
-        snapshot.write_bytes(Path(config.file).expanduser().read_bytes())
-        snapshot.chmod(0o600)
+        # Who starts again reads what this instance was started with, whatever has become of models.toml and models.
+        checked = directory.path / "config.json"
+        save(config, checked)
         for device in config.devices:
             Ledger.create(directory.ledger_path(device.name), device.memory_bytes, device.name).close()
         self._images.start()
         for device in config.devices:
             self._start_standby(device)
-        arguments = ["--config", str(snapshot), "--run-dir", str(directory.path)]
+        arguments = ["--config", str(checked), "--run-dir", str(directory.path)]
         self._keep("router", lambda: self._start_router(arguments))
         ledgers = ",".join(f"{d.name}={directory.ledger_path(d.name)}" for d in config.devices)
         fd = self._listener.fileno()

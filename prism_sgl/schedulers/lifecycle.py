@@ -112,8 +112,6 @@ class Lifecycle:
         if runtime.role is Role.HOME:
             self.drain(runtime, now, why, keep_weights=True, preempt_at=preempt_at)
         else:
-            if runtime.role is Role.SPARE:
-                self._fleet.devices[runtime.device or ""].spare_taken_at = now
             self.retire(runtime, now, why)
             if runtime.state is DRAINING:
                 runtime.preempt_at = preempt_at  # for the account: its memory is on its way to who asked

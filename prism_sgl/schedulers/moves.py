@@ -25,7 +25,6 @@ from prism_sgl.schedulers.fleet import Fleet
 from prism_sgl.schedulers.lifecycle import Lifecycle
 from prism_sgl.schedulers.memory_plan import Verdict, find_room, idle_victim_at
 from prism_sgl.schedulers.pictures import Pictures, demand
-from prism_sgl.schedulers.placement import Demand
 from prism_sgl.schedulers.records import ASLEEP, AWAKE, DRAINING, STOPPING, Device, Model, Role, Runtime
 
 # A model that has moved stays for this part of the window: what is measured of it is then mostly of its new place.
@@ -279,8 +278,8 @@ class Mover:
     def start_spare(self, pictures: Pictures, now: float) -> float:
         """One at a time, where all is calm and a device has room for it awake: it starts, and sleeps at once.
 
-        Room that no requests will take for their KV, and not where a spare has just given way: else it would be stopped
-        and started for as long as the load lasts. Returns when to ask again, if only time is needed.
+        Room that no requests will take for their KV: else it would be stopped and started as long as the load lasts.
+        Returns when to ask again, if that is all that was in the way.
         """
         look_at = math.inf
         if self._fleet.num_starting or any(move.role is Role.SPARE for move in self._moves.values()):
@@ -299,12 +298,13 @@ class Mover:
                 for device in self._fleet.devices.values()
                 if name not in device.residents and pictures.tally(device).free_bytes >= its.needed_bytes
             ]
-            quiet = [device for device in roomy if self._is_quiet(device, its, pictures, now)]
-            if len(quiet) < len(roomy):
-                look_at = now + self._limits.window_s
             places = [
-                replace(pictures.place(device), reclaimable_bytes=0, possible_bytes=0) for device in quiet
+                replace(pictures.place(device), reclaimable_bytes=0, possible_bytes=0)
+                for device in roomy
+                if pictures.tally(device).free_bytes - device.wanted_kv_bytes >= its.needed_bytes
             ]
+            if len(places) < len(roomy):
+                look_at = now + self._limits.window_s
             choice = placement.choose(its, places, pictures.kv_unit())
             if choice.device is not None:
                 device = self._fleet.devices[choice.device]
@@ -315,11 +315,6 @@ class Mover:
                 pictures.changed(device.name)
                 break
         return look_at
-
-    def _is_quiet(self, device: Device, its: Demand, pictures: Pictures, now: float) -> bool:
-        """A spare that starts there is likely to stay."""
-        left_bytes = pictures.tally(device).free_bytes - device.wanted_kv_bytes
-        return left_bytes >= its.needed_bytes and now >= device.spare_taken_at + self._limits.window_s
 
     def _switch(self, model: Model, now: float) -> None:
         incoming, source = model.incoming, model.runtime

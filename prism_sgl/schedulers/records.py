@@ -229,7 +229,6 @@ class Device:
     charged_bytes: int = 0
     residents: dict[str, Runtime] = field(default_factory=dict)  # by model
     wanted_kv_bytes: int = 0  # what those in flight may take beyond floors, as of the last look at grants
-    spare_taken_at: float = -math.inf  # when a spare last gave way to somebody
 
     @property
     def free_bytes(self) -> int:

@@ -19,6 +19,7 @@ import httpx
 import zmq
 
 from prism_sgl import addresses
+from prism_sgl.config import load, save
 from prism_sgl.messages import (
     RuntimeExited,
     RuntimeId,
@@ -103,13 +104,15 @@ class Stack:
         self._alive: set[RuntimeId] = set()
         self._ids: dict[str, RuntimeId] = {}
         self._started: queue.Queue[str] = queue.Queue()
-        self._arguments = ["--config", str(self.config), "--run-dir", self.run_dir]
+        self._arguments = ["--config", self._save_config(), "--run-dir", self.run_dir]
         self.client = httpx.Client(base_url=self.url, timeout=WAIT_S)
         self.router = self.start_router()
         self.api = self.start_api()
         self._context = zmq.Context()
         self._commands = self._connect_supervisor()
         self._stopping = threading.Event()
+        self.supervisor_speaks = threading.Event()  # cleared: it hears and says nothing
+        self.supervisor_speaks.set()
         self._outbox: queue.Queue[SupervisorToRouter] = queue.Queue()
         self._outbox.put(SupervisorHello())
         self._thread = threading.Thread(target=self._supervise, daemon=True)
@@ -130,6 +133,12 @@ class Stack:
             + extra.replace("MODEL", str(model))
         )
         return file
+
+    def _save_config(self) -> str:
+        """As the supervisor hands it to router and api_server."""
+        file = self.folder / "config.json"
+        save(load(self.config), file)
+        return str(file)
 
     def start_router(self) -> Program:
         self.router = Program("prism_sgl.launch.router", self._arguments)
@@ -153,6 +162,8 @@ class Stack:
 
     def _supervise(self) -> None:
         while not self._stopping.is_set():
+            if not self.supervisor_speaks.wait(0.02):
+                continue
             while not self._outbox.empty():
                 self._commands.send(encode(self._outbox.get()))
             if not self._commands.poll(20):

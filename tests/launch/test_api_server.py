@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,6 +205,7 @@ def promise_of(stack: Stack, headers: dict[str, str] | None = None, **body: obje
         ({"x-prism-priority": "-2"}, {"priority": 3}, 2.0, -2),
         ({}, {"service_tier": "auto"}, 2.0, 0),
         ({}, {"service_tier": "default", "priority": 1}, 2.0, 1),
+        ({}, {"service_tier": "standard_only"}, 2.0, 0),  # of Anthropic's API
         ({}, {"service_tier": "priority"}, 2.0, 1),
         ({}, {"service_tier": "flex"}, 20.0, -1),
         ({"x-slo-ttft-ms": "5000"}, {"service_tier": "flex"}, 5.0, -1),
@@ -298,6 +301,10 @@ def test_pages_in_browsers_may_ask_models_but_not_operate(stack: Stack) -> None:
     asked = {**page, "access-control-request-method": "POST"}
     assert stack.client.options("/v1/chat/completions", headers=asked).status_code == 200
     assert stack.client.options("/api/v1/models/chat/sleep", headers=asked).status_code == 403
+    for names, allowed in (("authorization, x-mine", "authorization, x-mine"), (None, "authorization, *")):
+        wanted = {**asked, "access-control-request-headers": names} if names else asked
+        told = stack.client.options("/v1/chat/completions", headers=wanted).headers
+        assert told["access-control-allow-headers"] == allowed, "a star does not stand for authorization"
     image = {"sec-fetch-site": "cross-site"}  # which sends no Origin
     assert stack.client.get("/m/chat/flush_cache", headers=image).status_code == 403
     rebound = {"host": "evil.example:8000", "sec-fetch-site": "same-origin"}  # its name leads here now
@@ -434,6 +441,37 @@ def test_queue_bound_keys_and_waking() -> None:
         assert answers[0].headers["x-prism-model-state"] == "activated"
         # The only model needs no name.
         assert stack.client.post("/generate", json={}).status_code == 200
+
+
+def test_engine_that_cannot_be_connected_to_is_told_and_nothing_is_left() -> None:
+    with running(("chat", "code")) as stack:
+        assert stack.chat("chat").status_code == 200
+        api = stack.api.process.pid
+        soft, hard = resource.prlimit(api, resource.RLIMIT_NOFILE)
+        resource.prlimit(api, resource.RLIMIT_NOFILE, (3, hard))  # as if it had all that it may have
+        for path, body in (("/v1/chat/completions", {"messages": HELLO}), ("/tokenize", {})):
+            refused = stack.client.post(path, json={"model": "code", **body})
+            assert (refused.status_code, error_of(refused)["code"]) == (503, "no_connection")
+            assert "Too many open files" in error_of(refused)["message"]
+            assert int(refused.headers["retry-after"]) >= 1
+        assert stack.chat("chat").status_code == 200, "which has a connection"
+        wait_for("given up", lambda: stack.metric('prism_inflight{model="code"}') == 0.0)
+        resource.prlimit(api, resource.RLIMIT_NOFILE, (soft, hard))
+        assert stack.chat("code").status_code == 200
+
+
+def test_time_in_the_queue_is_counted_of_those_too_who_leave_it() -> None:
+    with running(("chat",), hold_wakes=True) as stack:
+        assert stack.client.post("/api/v1/models/chat/sleep").status_code == 200
+        client = read_slowly(stack, {"model": "chat", "messages": HELLO})
+        stack.engine("chat").line("waking 1")
+        began = time.monotonic()
+        wait_for("queued", lambda: stack.metric('prism_queue_depth{model="chat"}') == 1.0)
+        waited_s = time.monotonic() - began
+        client.close()
+        name = 'prism_request_queue_seconds_{}{{model="chat"}}'
+        wait_for("counted", lambda: stack.metric(name.format("count")) == 1.0)
+        assert stack.metric(name.format("sum")) >= waited_s > 0.0
 
 
 def test_stop_lets_answers_end() -> None:

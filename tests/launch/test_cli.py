@@ -82,6 +82,20 @@ def test_move_and_explain_ask_the_server(server: ThreadingHTTPServer) -> None:
     assert call("explain", "chat").output == "chat: awake on host0\nhost0: pressure 0.10\n"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "http://127.0.0.1"])
+def test_proxy_is_not_asked_for_this_host(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert call("--host", f"{host}:{server.server_port}", "ps").exit_code == EXIT_OK
+    elsewhere = call("--host", "models.example:30000", "ps")
+    assert elsewhere.exit_code == EXIT_UNAVAILABLE
+    assert "Connection refused" in elsewhere.output, "by the proxy, which is asked for others"
+
+
 def test_list_shows_every_model_and_why_one_failed(server: ThreadingHTTPServer) -> None:
     result = call("list")
     lines = [line.split() for line in result.output.splitlines()]

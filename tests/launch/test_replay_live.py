@@ -75,6 +75,8 @@ class Server:
         )
 
     async def _models(self, request: Request) -> Response:
+        if self.mode == "keyed":
+            return JSONResponse({"error": {"message": "the API key is missing"}}, 401)
         return JSONResponse({"object": "list", "data": [{"id": "m"}, {"id": "n"}]})
 
     async def _states(self, request: Request) -> Response:
@@ -237,7 +239,7 @@ def test_moves_wakes_and_who_waited_for_a_move_are_seen_from_outside() -> None:
     assert found.replayed.placement == {"host1": ["a"]}
 
 
-def test_no_server_unknown_model_and_first_request_that_fails_are_told() -> None:
+def test_no_server_unknown_model_key_and_first_request_that_fails_are_told() -> None:
     async def check(url: str, served: dict[str, str]) -> None:
         async with LiveServer(url, served) as server:
             await server.check()
@@ -250,6 +252,9 @@ def test_no_server_unknown_model_and_first_request_that_fails_are_told() -> None
     with serving(server) as url:
         with pytest.raises(LiveError, match=r"'other' of models.a; it serves m, n: set served_as"):
             asyncio.run(check(url, {"a": "other"}))
+        server.mode = "keyed"
+        with pytest.raises(LiveError, match=r"401: the API key is missing\); .*prism-sgl --key KEY replay"):
+            asyncio.run(check(url, {"a": "m"}))
         server.mode = "busy"
         with pytest.raises(LiveError, match=r"a: a first request .* status 503: too many wait"):
             asyncio.run(check(url, {"a": "m"}))

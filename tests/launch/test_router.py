@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import uvloop
 
 from prism_sgl.launch.router import call_later, next_epoch
-from tests.launch.stack import Stack, running, wait_for
+from tests.launch.stack import WAIT_S, Stack, running, wait_for
 
 
 class Asked:
@@ -92,6 +93,43 @@ def test_killed_router_loses_and_doubles_nothing() -> None:
             f"took {tag}" for tag in ("run0", "run1", "s", "held0", "held1", "held2", "late")
         )
         wait_for("nothing in flight", lambda: stack.metric('prism_inflight{model="chat"}') == 0.0)
+        assert stack.chat("chat").status_code == 200
+
+
+def test_router_that_is_new_does_not_take_a_runtime_for_gone() -> None:
+    """What needs no grant is not known to the router, so the api_server ends it by what the router knows."""
+    with running(("chat", "code")) as stack, ThreadPoolExecutor(2) as pool:
+        asked = {
+            model: pool.submit(
+                stack.client.get, f"/m/{model}/model_info", params={"tag": model, "hold": "it"}
+            )
+            for model in ("chat", "code")
+        }
+        for model in asked:
+            stack.engine(model).line(f"took {model}")
+        stack.supervisor_speaks.clear()
+        stack.router.kill()
+        stack.engines["code"].kill()
+        stack.start_router().line("ready")
+        wait_for("told by the new router", lambda: stack.state("chat") == "cold")
+        stack.engine("chat").tell("release it")
+        assert asked["chat"].result(WAIT_S).json()["model_path"] == "/models/chat"
+        # One that is gone is not waited for longer than a new router needs.
+        lost = asked["code"].result(WAIT_S)
+        assert (lost.status_code, lost.json()["error"]["code"]) == (502, "model_lost")
+        stack.report_exit("code")
+        stack.supervisor_speaks.set()
+        assert stack.chat("chat").status_code == 200
+
+
+def test_router_and_api_server_start_again_when_a_models_files_are_gone() -> None:
+    with running(("chat",)) as stack:
+        (stack.folder / "model" / "config.json").unlink()
+        stack.config.unlink()
+        stack.router.kill()
+        stack.start_router().line("ready")
+        stack.api.kill()
+        stack.start_api().line("ready")
         assert stack.chat("chat").status_code == 200
 
 

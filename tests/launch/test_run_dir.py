@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,44 @@ def test_lock_that_is_no_file_of_the_folder_is_refused(folder: Path, tmp_path: P
     with pytest.raises(ConfigError, match="holds lock"):
         RunDir(str(folder), 1).acquire()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_folder_is_locked_against_aging_while_it_is_held(folder: Path) -> None:
+    def age() -> None:
+        """As systemd-tmpfiles begins with each folder; one that is locked it leaves alone."""
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+
+    age()
+    run_dir = RunDir(str(folder), 1)
+    run_dir.acquire()
+    with pytest.raises(BlockingIOError):
+        age()
+    run_dir.remove()
+    assert not folder.exists()
+
+
+def test_folder_that_somebody_has_removed_is_no_error_at_the_end(folder: Path) -> None:
+    run_dir = RunDir(str(folder), 1)
+    run_dir.acquire()
+    ledger = Path(run_dir.ledger_path("host0"))
+    ledger.touch()
+    before = len(os.listdir("/proc/self/fd"))
+    shutil.rmtree(folder)
+    run_dir.remove()
+    assert not ledger.exists()
+    assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+def test_folder_that_is_another_instances_by_now_is_left_to_it(folder: Path) -> None:
+    first, second = RunDir(str(folder), 1), RunDir(str(folder), 2)
+    first.acquire()
+    shutil.rmtree(folder)
+    second.acquire()
+    first.remove()
+    assert sorted(entry.name for entry in folder.iterdir()) == ["lock", "logs", "tmp"]
+    second.remove()
+    assert not folder.exists()

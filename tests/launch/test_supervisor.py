@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from prism_sgl.allocator.ledger import Ledger
+from prism_sgl.config import load, restore
 from prism_sgl.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE
+from prism_sgl.launch.descriptors import soft_limit
 from prism_sgl.launch.processes import session_members
 from tests.launch.instance import Instance, free_port, is_alive, wait_for_end
 
@@ -160,6 +163,33 @@ def test_new_router_is_told_which_runtimes_live(instance: Instance) -> None:
     assert "expected=True" in instance.router_log()
     # Nothing went wrong, so no line of its log says why.
     assert "reason='killed by SIGKILL', error='', expected=True" in instance.router_log()
+    assert instance.end() == EXIT_OK
+
+
+def test_service_starts_again_with_the_checked_configuration_when_files_have_changed(
+    instance: Instance,
+) -> None:
+    checked = load(instance.config)
+    (instance.folder / "model" / "config.json").write_text("{")
+    instance.config.unlink()
+    os.kill(instance.pids()["router"], signal.SIGKILL)
+    instance.line("was told of chat@host0.1 code@host0.2")
+    saved = instance.run_dir / "config.json"
+    assert restore(saved) == checked
+    assert saved.stat().st_mode & 0o777 == 0o600
+    assert instance.end() == EXIT_OK
+
+
+def test_children_may_have_more_clients_than_the_usual_limit(folder: Path) -> None:
+    """1024, as shells and systemd have it."""
+    usual = ("sh", "-c", 'ulimit -Sn 1024 && exec "$@"', "sh")
+    instance = Instance.start(folder, free_port(), wrapper=usual)
+    instance.line("try: curl")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = {name: resource.prlimit(pid, resource.RLIMIT_NOFILE) for name, pid in instance.pids().items()}
+    assert limits == dict.fromkeys(
+        ["standby-host0", "router", "api_server", "chat@host0.1"], (soft_limit(1024, hard), hard)
+    )
     assert instance.end() == EXIT_OK
 
 

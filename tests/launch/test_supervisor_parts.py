@@ -6,6 +6,7 @@ import asyncio
 import errno
 import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ import pytest
 from prism_sgl import addresses
 from prism_sgl.backoff import Backoff
 from prism_sgl.config import Config, DeviceConfig, MemoryConfig, ModelConfig, SchedulerConfig, ServerConfig
-from prism_sgl.errors import describe_exit
+from prism_sgl.errors import LedgerError, describe_exit
 from prism_sgl.launch.banner import curl_line, ready_lines
 from prism_sgl.launch.children import Child, start_child, why_ended
+from prism_sgl.launch.descriptors import soft_limit
 from prism_sgl.launch.processes import end_sessions, read_stat, session_members
 from prism_sgl.launch.progress import Progress
 from prism_sgl.launch.run_dir import RunDir
@@ -325,6 +327,13 @@ def test_start_time_tells_a_process_from_the_next_of_its_pid() -> None:
 
 def test_failure_before_the_first_child_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", port=free_port())
-    with pytest.raises(FileNotFoundError, match="gone"):
-        run(msgspec.structs.replace(config, file=str(tmp_path / "gone.toml")), out=io.StringIO())
+    no_file = DeviceConfig(name="gone/host0", kind="host", memory_bytes=1 << 30)
+    with pytest.raises(LedgerError, match="gone"):
+        run(msgspec.structs.replace(config, devices=(no_file,)), out=io.StringIO())
     assert not (tmp_path / "run").exists()
+
+
+def test_descriptors_are_as_many_as_allowed_and_never_fewer_than_before() -> None:
+    no_limit = resource.RLIM_INFINITY
+    given = [(1024, 524288), (1024, 4096), (4096, 4096), (100_000, 524288), (1024, no_limit), (no_limit,) * 2]
+    assert [soft_limit(soft, hard) for soft, hard in given] == [65535, 4096, 4096, 100_000, 65535, no_limit]

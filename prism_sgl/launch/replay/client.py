@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from prism_sgl.errors import EXIT_UNAVAILABLE, PrismError
+from prism_sgl.launch.http_url import is_loopback
 from prism_sgl.schedulers.replay.spec import Arrival, Outcome, Slo
 
 # One token each in the vocabularies of today's models; only for servers that refuse token ids.
@@ -112,6 +113,7 @@ class LiveServer:
             # How long an answer may take is the replay's to say, and one connection a request in flight.
             timeout=httpx.Timeout(None, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=not is_loopback(self.url),
         )
 
     async def __aenter__(self) -> Self:
@@ -142,6 +144,11 @@ class LiveServer:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             told = str(error) or type(error).__name__
             raise LiveError(f"{self.url} cannot be reached ({told}); start a server there") from None
+        if response.status_code in (401, 403):
+            raise LiveError(
+                f"{self.url} refuses the request ({response.status_code}: {_told(response.content)}); give one "
+                "of its API keys before the command, prism-sgl --key KEY replay, or as PRISM_ADMIN_KEY"
+            )
         try:
             listed = response.raise_for_status().json()["data"]
             # prism_sgl knows a model by its aliases too, and tells them.

@@ -11,7 +11,7 @@ from zmq.constants import SocketType
 from zmq.sugar.context import Context
 
 from prism_sgl import addresses
-from prism_sgl.config import load
+from prism_sgl.config import restore
 from prism_sgl.messages import (
     Introduce,
     RuntimeExited,
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--config")
     parser.add_argument("--run-dir")
     given = parser.parse_args()
-    config = load(given.config)
+    config = restore(given.config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     socket = Context().socket(SocketType.ROUTER)
     socket.bind(addresses.router_for_supervisor(given.run_dir))
