@@ -7,9 +7,9 @@ benchmarks/results/sim/<figure>.json. About ten minutes of one core for all.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,7 +178,12 @@ def _ratio(ours: float, other: float) -> float | None:
     return ours / other if other else None
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The paper's headline figures in simulation.")
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all")
+    names = parser.parse_args().figures
+    if unknown := set(names) - set(FIGURES):
+        parser.error(f"no figure {', '.join(sorted(unknown))}")
     (RESULTS / "sim").mkdir(exist_ok=True)
     for name in names or list(FIGURES):
         began = time.perf_counter()
@@ -197,4 +202,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
