@@ -125,7 +125,8 @@ def load(path: str | Path) -> Config:
 def save(config: Config, path: Path) -> None:
     """For ``restore`` in processes that start again: as read and checked, with what the models' files told then."""
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # it has api_keys
-        file.write(msgspec.json.encode(config))
+        shown = os.fsencode(config.file).decode(errors="replace")  # for messages
+        file.write(msgspec.json.encode(msgspec.structs.replace(config, file=shown)))
 
 
 def restore(path: str | Path) -> Config:

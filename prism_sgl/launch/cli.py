@@ -14,7 +14,7 @@ from rich.table import Table
 from prism_sgl import config
 from prism_sgl.errors import EXIT_FAILURE, EXIT_OK, EXIT_TEMPFAIL, EXIT_UNAVAILABLE, PrismError
 from prism_sgl.launch.__main__ import main as launch
-from prism_sgl.launch.http_url import is_loopback, is_url
+from prism_sgl.launch.http_url import is_url, mounts
 from prism_sgl.launch.replay.commands import plan, replay
 from prism_sgl.units import show_size
 
@@ -67,7 +67,7 @@ def cli(context: click.Context, host: str | None, key: str | None) -> None:
             base_url=url,
             headers=headers,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
-            trust_env=not is_loopback(url),
+            mounts=mounts(url),
         )
 
     context.obj = client

@@ -15,10 +15,11 @@ def is_url(text: str) -> bool:
     return url.scheme in ("http", "https") and bool(url.host) and 0 < (url.port or 80) < 65536
 
 
-def is_loopback(text: str) -> bool:
-    """Nothing that HTTP_PROXY names leads to this host itself; httpx would ask it all the same."""
+def mounts(text: str) -> dict[str, None] | None:
+    """For httpx's clients, which ask what HTTP_PROXY names for the way to this host itself too."""
     host = httpx.URL(text).host
     try:
-        return ipaddress.ip_address(host).is_loopback
+        is_here = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        is_here = host == "localhost"
+    return dict.fromkeys(("http://", "https://", "all://")) if is_here else None

@@ -142,7 +142,7 @@ class Controller:
 
     def next_tick(self, now: float) -> float | None:
         """Seconds until it must be called again though nothing happens; None if nothing is pending."""
-        at = self._activation.next_at
+        at = min(self._activation.next_at, self._granter.next_at)
         if self._supervisor.known:
             at = min(at, self._balancer.next_at)
         if self._table or self._admin or self._fleet.leaving or not self._supervisor.known:

@@ -11,6 +11,7 @@ A request of a model over several devices is granted on that of its lead, where 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class _Order:
 
     # With the place in the order: a request of a model with replicas has another one on each of its devices.
     by_model: dict[str, deque[tuple[int, Request]]] = field(default_factory=dict)
-    made_at: float = 0.0
+    again_at: float = 0.0  # made anew before only where it must be
     size: int = 0
     stale: bool = True
     held_back: set[str] = field(default_factory=set)  # devices whose KV alone somebody waits for
@@ -73,6 +74,7 @@ class Granter:
         self._out = out
         self._orders = {name: _Order() for name in fleet.devices}
         self._open: dict[str, None] = {}  # devices on which a grant may have become possible
+        self._look_at: dict[str, float] = {}  # devices whose order leaves somebody out, until when
         self._shortages: dict[str, Shortage] = {}
 
     def changed(self, model: Model) -> None:
@@ -93,7 +95,15 @@ class Granter:
         shortages, self._shortages = self._shortages, {}
         return shortages
 
+    @property
+    def next_at(self) -> float:
+        """When time alone may change something."""
+        return min(self._look_at.values(), default=math.inf)
+
     def run(self, now: float) -> None:
+        for name in [name for name, at in self._look_at.items() if at <= now]:
+            del self._look_at[name]
+            self._open[name] = None
         while self._open:
             name, _ = self._open.popitem()
             device = self._fleet.devices.get(name)
@@ -138,9 +148,7 @@ class Granter:
             return None
         order = self._orders[device.name]
         if order.stale and (
-            order.size <= _ALWAYS_ORDER
-            or now - order.made_at >= order.size * _ORDER_INTERVAL_S_PER_REQUEST
-            or not any(order.by_model.values())
+            order.size <= _ALWAYS_ORDER or now >= order.again_at or not any(order.by_model.values())
         ):
             self._make(device, order, now)
         order.held_back.clear()
@@ -160,9 +168,12 @@ class Granter:
                 order.held_back.update(lacking)
             elif not runtime.model.others or not self._is_better_elsewhere(runtime, request):
                 best = requests[0]
-        if best is None and order.stale and order.size and self._leaves_out_some(device, order):
-            self._make(device, order, now)
-            return self._next(device, now)
+        if best is None and order.stale and order.size:
+            if self._leaves_out_some(device, order):
+                self._make(device, order, now)
+                return self._next(device, now)
+            if order.held_back:
+                self._look_at[device.name] = order.again_at  # who came since may want less
         return None if best is None else best[1]
 
     def _leaves_out_some(self, device: Device, order: _Order) -> bool:
@@ -248,7 +259,8 @@ class Granter:
         order.by_model = {}
         for rank, request in enumerate(ordered):
             order.by_model.setdefault(request.model, deque()).append((rank, request))
-        order.made_at, order.size, order.stale = now, len(ordered), False
+        order.again_at = now + len(ordered) * _ORDER_INTERVAL_S_PER_REQUEST
+        order.size, order.stale = len(ordered), False
 
     def _grant(self, runtime: Runtime, request: Request, now: float) -> None:
         model = runtime.model

@@ -296,7 +296,9 @@ class Mover:
             roomy = [
                 device
                 for device in self._fleet.devices.values()
-                if name not in device.residents and pictures.tally(device).free_bytes >= its.needed_bytes
+                if device.name in model.devices
+                and name not in device.residents
+                and pictures.tally(device).free_bytes >= its.needed_bytes
             ]
             places = [
                 replace(pictures.place(device), reclaimable_bytes=0, possible_bytes=0)

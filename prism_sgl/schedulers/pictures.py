@@ -151,8 +151,8 @@ class Pictures:
         return self._tallies.setdefault(device.name, Tally(device.free_bytes, coming))
 
     def _ends_soon(self, runtime: Runtime) -> bool:
-        """Of one that drains. Without a time for its end, an operator's or the source of a move, it may take minutes:
-        others are not kept waiting for that."""
+        """Of one that drains. An operator's, or the source of a move, may take minutes: nobody waits for that but who
+        has made it drain (then it has a time for its end, though a replica may take longer)."""
         return (
             runtime.sleep_sent_at is not None
             or runtime.preempt_at < math.inf

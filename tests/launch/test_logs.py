@@ -11,6 +11,7 @@ import pytest
 
 from prism_sgl.launch import logs
 from prism_sgl.launch.logs import KEPT_LOGS, begin_log, keep_logs_short, shorten
+from tests.launch.stack import wait_for
 
 
 def test_log_begins_empty_and_the_oldest_of_the_model_go(tmp_path: Path) -> None:
@@ -47,8 +48,7 @@ def test_a_log_that_is_long_is_cut_while_its_writer_goes_on(tmp_path: Path) -> N
         for line in (b"first\n", b"second\n"):
             writer.stdin.write(line)
             writer.stdin.flush()
-            while not path.read_bytes().endswith(line):
-                pass
+            wait_for("written", lambda line=line: path.read_bytes().endswith(line))  # type: ignore[misc]
             shorten(path, max_bytes=6)
         assert path.read_bytes() == b"", "seven bytes were too many"
         assert Path(f"{path}.old").read_bytes() == b"first\nsecond\n", "the first six were not"

@@ -112,13 +112,14 @@ def test_router_that_is_new_does_not_take_a_runtime_for_gone() -> None:
         stack.engines["code"].kill()
         stack.start_router().line("ready")
         wait_for("told by the new router", lambda: stack.state("chat") == "cold")
+        stack.report_exit("code")
+        stack.supervisor_speaks.set()
+        wait_for("told by the supervisor", lambda: stack.state("chat") == "awake")
         stack.engine("chat").tell("release it")
         assert asked["chat"].result(WAIT_S).json()["model_path"] == "/models/chat"
         # One that is gone is not waited for longer than a new router needs.
         lost = asked["code"].result(WAIT_S)
         assert (lost.status_code, lost.json()["error"]["code"]) == (502, "model_lost")
-        stack.report_exit("code")
-        stack.supervisor_speaks.set()
         assert stack.chat("chat").status_code == 200
 
 

@@ -180,6 +180,18 @@ def test_aged_requests_take_turns_with_those_that_can_be_in_time(monkeypatch: py
     assert all(after - before == 4 for before, after in itertools.pairwise(places)), served
 
 
+def test_who_comes_behind_a_long_queue_without_kv_is_looked_at_soon() -> None:
+    """The queue waits for KV that one long answer holds; a small urgent request fits beside that."""
+    router = ByHand(config(model("chat"), budget_mib=300, max_queue=100))
+    router.hello("chat", facts(max_request_tokens=60000, max_running_requests=64, ceiling_bytes=50 * MIB))
+    router.submit("long", prompt_tokens=30000, max_new_tokens=10000)
+    router.first_token("long")
+    for number in range(80):
+        assert granted(router.submit(f"big{number}", prompt_tokens=30000)) == []
+    commands = router.submit("urgent", priority=5)
+    assert granted(commands + router.wait(0.01)) == ["urgent"]
+
+
 def test_what_nobody_may_be_granted_is_not_ordered_at_each_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 requests for a model whose window is full: long queues are ordered at intervals, here of 15 ms."""
     router, orders = ByHand(config(model("chat"), max_queue=300)), []

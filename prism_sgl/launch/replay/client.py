@@ -17,7 +17,7 @@ import httpx
 import msgspec
 
 from prism_sgl.errors import EXIT_UNAVAILABLE, PrismError
-from prism_sgl.launch.http_url import is_loopback
+from prism_sgl.launch.http_url import mounts
 from prism_sgl.schedulers.replay.spec import Arrival, Outcome, Slo
 
 # One token each in the vocabularies of today's models; only for servers that refuse token ids.
@@ -113,7 +113,7 @@ class LiveServer:
             # How long an answer may take is the replay's to say, and one connection a request in flight.
             timeout=httpx.Timeout(None, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=not is_loopback(self.url),
+            mounts=mounts(self.url),
         )
 
     async def __aenter__(self) -> Self:
