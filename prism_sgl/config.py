@@ -206,8 +206,8 @@ def _memory(table: Table, devices: tuple[DeviceConfig, ...]) -> MemoryConfig:
 _LEAST_TURN_S = 0.1
 # The window is divided: rates have buckets, and a balancing pass follows each twelfth of it.
 _LEAST_WINDOW_S = 1.0
-# The router knows that an answer is over before its last bytes have left the old runtime (schedulers/lifecycle.py).
-_LAST_WORDS_S = 1.0
+# The router knows that an answer is over before its last bytes have reached the api_server.
+LAST_WORDS_S = 1.0
 
 
 def _scheduler(table: Table, devices: tuple[DeviceConfig, ...]) -> SchedulerConfig:
@@ -222,7 +222,7 @@ def _scheduler(table: Table, devices: tuple[DeviceConfig, ...]) -> SchedulerConf
         start_parallel=table.integer("start_parallel", default.start_parallel, 1),
         min_move_gain=table.number("min_move_gain", default.min_move_gain, 0.0, 10.0),
         spares=table.flag("spares", default.spares),
-        move_drain_s=table.duration("move_drain", default.move_drain_s, example="5m", low=_LAST_WORDS_S),
+        move_drain_s=table.duration("move_drain", default.move_drain_s, example="5m", low=LAST_WORDS_S),
     )
 
 

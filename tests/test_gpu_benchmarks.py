@@ -674,6 +674,16 @@ def test_a_wish_is_for_all_of_it_whatever_could_be_evicted(
     elastic.ledger.close()
 
 
+def test_what_victims_say_is_read_with_its_parts() -> None:
+    from benchmarks.gpu import share
+
+    parts = " (chosen after 12.9, unmapped after 50.1)"
+    text = f"reclaim: gave 1664 MiB back to neighbours in 52.7 ms{parts}, lost 1529 cached tokens, keeps 9 MiB of KV"
+    found = re.search(share.GAVE, text)
+    assert found is not None
+    assert found.groups() == ("1664", "52.7", "12.9", "1529")
+
+
 def test_memory_that_many_tensors_look_at_is_counted_once() -> None:
     from benchmarks.gpu.scheduler_side import blocks_in_use
 

@@ -120,17 +120,13 @@ class Granter:
         waits = any(
             device.name in self._orders[linked].held_back for linked in self._fleet.linked[device.name]
         )
-        missing_bytes = max(self._missing_bytes(device), 1 if waits else 0)
-        self._shortages[device.name] = Shortage(missing_bytes, waits)
-
-    def _missing_bytes(self, device: Device) -> int:
-        """Of what those in flight may take at their height, the part that neither floors nor free memory give."""
         device.wanted_kv_bytes = sum(
             self._over_floor_bytes(runtime, _HEIGHT)
             for runtime in device.residents.values()
             if runtime.mapped
         )
-        return device.wanted_kv_bytes - max(0, device.free_bytes) if device.wanted_kv_bytes else 0
+        missing_bytes = device.wanted_kv_bytes - max(0, device.free_bytes)
+        self._shortages[device.name] = Shortage(max(missing_bytes, 1 if waits else 0), waits)
 
     def _over_floor_bytes(self, runtime: Runtime, height: float) -> int:
         if (facts := runtime.model.facts) is None:
@@ -231,13 +227,11 @@ class Granter:
         facts, device = runtime.model.facts, self._fleet.devices[runtime.device or ""]
         if facts is None:
             return True
-        room_bytes = facts.floor_bytes + max(0, device.free_bytes)
+        room_bytes: float = facts.floor_bytes + max(0, device.free_bytes)
         for other in device.residents.values():
             if other is not runtime and other.mapped:
                 room_bytes -= self._over_floor_bytes(other, 1.0)
-        if (ceiling_bytes := runtime.most_kv_bytes) is not None:
-            room_bytes = min(room_bytes, ceiling_bytes)
-        room_bytes = max(facts.floor_bytes, room_bytes)
+        room_bytes = max(facts.floor_bytes, min(room_bytes, runtime.most_kv_bytes))
         tokens = self._table.kv_tokens(runtime.head.id) + request.kv_tokens
         return tokens * facts.kv_bytes_per_token <= room_bytes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from prism_sgl.config import LAST_WORDS_S
 from prism_sgl.messages import AskHello, RuntimeId, Sleep, StartRuntime, StopRuntime, Wake
 from prism_sgl.schedulers.events import Outbox
 from prism_sgl.schedulers.fleet import Fleet
@@ -28,8 +29,6 @@ _ASK_AGAIN_S = 1.0
 _MOST_STRANGERS = 1024
 LONGEST_BACKOFF_S = 60.0
 _HEALTHY_S = 60.0
-# The router knows that an answer is over before its last bytes have reached the api_server.
-_LAST_WORDS_S = 1.0
 # A spare that would not sleep, since it still ends what its client has left, is asked again.
 _REFUSED_S = 1.0
 
@@ -156,7 +155,7 @@ class Lifecycle:
             self._fleet.set_role(runtime, Role.SPARE)
             runtime.keep_weights = True
             self._settle_drained(runtime, now)
-        elif is_idle and (runtime.state is not DRAINING or now >= runtime.idle_since + _LAST_WORDS_S):
+        elif is_idle and (runtime.state is not DRAINING or now >= runtime.idle_since + LAST_WORDS_S):
             self.stop(runtime, now, "leaves, nothing is in flight")
 
     def end_leavers(self, now: float) -> None:

@@ -48,12 +48,12 @@ def _reads(model: Model, fleet: Fleet) -> float:
 
 
 def demand(model: Model, fleet: Fleet, now: float) -> Demand:
-    config, ceiling_bytes = model.config, model.runtime.most_kv_bytes
+    config = model.config
     kv_bytes = _kv_bytes_per_token(model)
     pressure = placement.pressure(model.rate.per_s(now), kv_bytes, config.slo.tpot_s)
     # It presses a device with no more than it would get there.
-    if ceiling_bytes is not None and (held := _held_bytes(model, now)) > ceiling_bytes:
-        pressure *= ceiling_bytes / held
+    if (held := _held_bytes(model, now)) > model.runtime.most_kv_bytes:
+        pressure *= model.runtime.most_kv_bytes / held
     return Demand(
         model=model.name,
         weights_bytes=fleet.weights_bytes(model),

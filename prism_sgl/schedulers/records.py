@@ -120,11 +120,11 @@ class Runtime:
     refused_at: float = -math.inf  # when it would not sleep
 
     @property
-    def most_kv_bytes(self) -> int | None:
+    def most_kv_bytes(self) -> float:
         """What its device can give it; before its Hello what another runtime of the model has said of its own."""
-        if self.ceiling_bytes is None and self.model.facts is not None:
-            return self.model.facts.ceiling_bytes
-        return self.ceiling_bytes
+        if self.ceiling_bytes is not None:
+            return self.ceiling_bytes
+        return math.inf if self.model.facts is None else self.model.facts.ceiling_bytes
 
     @property
     def serves(self) -> bool:

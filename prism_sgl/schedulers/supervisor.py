@@ -87,11 +87,11 @@ class SupervisorDesk:
         expected, reason = message.expected, message.whole_reason
         was_told = runtime.state is STOPPING
         assert runtime.id is not None
-        if expected or runtime.state is STOPPING:
+        if expected or was_told:
             if is_home:
                 model.failure = ""
             self._fleet.exited(runtime, COLD, now, reason if expected else "stopped")
-        elif not is_home or _heir(model, was_told) is not None:
+        elif not is_home or _heir(model) is not None:
             self._fleet.exited(runtime, FAILED, now, reason)
         elif runtime.known:
             self._lifecycle.back_off(runtime, now)
@@ -100,7 +100,7 @@ class SupervisorDesk:
             model.failure, model.start_wanted = "", True  # its queue is kept: it was well before
         else:
             self._failed_to_load(runtime, reason, now)
-        if is_home and (heir := _heir(model, was_told)) is not None:
+        if is_home and (heir := _heir(model, was_told=was_told)) is not None:
             self._fleet.make_home(heir, f"the runtime on {runtime.device} is gone: {reason}")
             self._lifecycle.call_off_drain(heir, now)
         self._desk.lose(runtime.id, message.reason, now)
@@ -120,7 +120,7 @@ class SupervisorDesk:
         self._desk.refuse_all(model.lead, "model_failed", text, retry_s, now)
 
 
-def _heir(model: Model, was_told: bool) -> Runtime | None:
+def _heir(model: Model, *, was_told: bool = False) -> Runtime | None:
     """Who is the model's home when that is gone: one that serves, then one that has hardly begun to leave, then one
     that sleeps, or comes. Where the home was told to end (``was_told``), who leaves was told too."""
 
